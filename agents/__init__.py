@@ -1,0 +1,3 @@
+"""Reinforcement-learning strategies on gymnasium and stable-baselines3."""
+
+PROJECT = "bitfront"

@@ -1,0 +1,3 @@
+"""A quantized network as data and arithmetic: graph, candidate, quantizers, packing, reference."""
+
+PROJECT = "bitfront"

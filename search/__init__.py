@@ -1,0 +1,3 @@
+"""The search engine and the command."""
+
+PROJECT = "bitfront"
