@@ -1,0 +1,104 @@
+"""The contract between a search method and the engine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from cost_models.base import CostModel
+from quant_ops.candidate import Candidate
+from quant_ops.quantized import QuantizedModel
+from search.evaluation import Evaluation
+from search.space import SearchSpace
+
+
+class Context(Protocol):
+    """What the engine offers a strategy.
+
+    Attributes:
+        space: what may be chosen.
+        budgets: cost-model name to inclusive limit; the loosest one per cost.
+        costs: cost-model name to model, for costs that need no evaluation.
+        seed: all randomness of a strategy derives from it and the batch number.
+        batch_size: how many candidates a batch should hold to keep the workers busy.
+    """
+
+    space: SearchSpace
+    budgets: Mapping[str, float]
+    costs: Mapping[str, CostModel]
+    seed: int
+    batch_size: int
+
+    def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
+        """Evaluate in parallel, record, answer in proposal order; known ones are not run again.
+
+        Raises `SearchOver` (not to be caught) when the trials or the time are used up.
+        """
+
+    def probe(self, changes: Sequence[Mapping[str, float]]) -> list[float]:
+        """Quality loss on the probe subset with only the named layers quantized, rest float.
+
+        Answers are kept in the run's folder, so that a table is measured once. Not trials; their
+        cost is counted in forward passes.
+        """
+
+    def size_of(self, candidate: Candidate) -> int:
+        """Exact length of the packed file."""
+
+    def cost_of(self, candidate: Candidate) -> dict[str, float]:
+        """Every cost that a budget names, plus size_bytes."""
+
+    def submit(
+        self, candidate: Candidate, model: QuantizedModel, *, recipe: str, parent: int | None = None
+    ) -> Evaluation:
+        """Record a candidate that brings trained or recovered weights of its own."""
+
+    def history(self) -> list[Evaluation]:
+        """Every finished evaluation of the run, all strategies, in order of trial."""
+
+    def should_stop(self) -> bool:
+        """Whether the trials or the time of this strategy are used up."""
+
+    def folder(self, name: str) -> Path:
+        """A folder for checkpoints, made if need be."""
+
+
+class SearchOver(Exception):
+    """The strategy's share of trials or time is used up; what is finished is recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """One row of the capability table."""
+
+    summary: str
+    granularity: tuple[str, ...] = ("layer",)
+    activations: bool = True
+    budget_aware: bool = True
+    deterministic: bool = True
+    needs_training: bool = False
+    cost_per_trial: str = "O(1)"
+
+
+class Strategy(ABC):
+    """One search method: one file, one class, one row in `search.strategies.table`.
+
+    Settings are the fields of `Settings`, a frozen dataclass nested in the strategy, reachable as
+    `--set NAME.KEY=VALUE`. Proposals are a pure function of (seed, batch number, ordered results
+    of earlier batches): derive a generator per batch with `batch_generator`, never carry one.
+    """
+
+    name: ClassVar[str]
+    traits: ClassVar[Traits]
+
+    @dataclass(frozen=True, slots=True)
+    class Settings:
+        """No settings."""
+
+    def __init__(self, settings: object | None = None) -> None:
+        self.settings = self.Settings() if settings is None else settings
+
+    @abstractmethod
+    def run(self, context: Context) -> None:
+        """Propose through `context.evaluate` until `context.should_stop()` or nothing is left."""
