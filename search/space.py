@@ -15,12 +15,14 @@ class LayerChoice:
     """Ascending legal widths of one layer; one width means pinned.
 
     `groups` partitions the output channels when widths are chosen per group or per channel;
-    empty means one width for the layer.
+    empty means one width for the layer. Where `may_vanish` is false, at least one group keeps
+    a width above 0.
     """
 
     name: str
     bit_widths: tuple[float, ...]
     groups: tuple[tuple[int, ...], ...] = ()
+    may_vanish: bool = True
 
     @property
     def n_genes(self) -> int:
@@ -74,6 +76,9 @@ class SearchSpace:
     def _spread(self, choice: LayerChoice, widths: Sequence[float]) -> tuple[float, ...]:
         if not choice.groups:
             return (widths[0],)
+        if not choice.may_vanish and not any(widths):
+            kept = next((b for b in choice.bit_widths if b), 0.0)
+            widths = [*widths[:-1], kept]
         out = [0.0] * self.graph.layer_of[choice.name].out_channels
         for group, width in zip(choice.groups, widths, strict=True):
             for channel in group:

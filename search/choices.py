@@ -1,0 +1,134 @@
+"""Builds the search space of a traced network from what the user and the target allow."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from quant_ops.channels import bypassed_layers
+from quant_ops.edges import activation_edges
+from quant_ops.errors import UsageError
+from quant_ops.graph import Graph, Layer
+from search.config import RunConfig
+from search.space import EdgeChoice, LayerChoice, SearchSpace
+from search.targets import TargetCapabilities, find_target
+
+CHANNEL_GROUPS = 4
+_COARSENESS = ("channel", "group", "layer")
+
+
+def build_space(graph: Graph, config: RunConfig) -> SearchSpace:
+    """The space of `config` on `graph`.
+
+    Raises:
+        UsageError: nothing can be quantized, a pin that names no layer, or widths that the
+            target or the layer cannot have.
+    """
+    target = find_target(config.target)
+    if not graph.searchable_layers:
+        reasons = sorted({layer.reason for layer in graph.layers}) or ["it has no weights"]
+        raise UsageError(
+            f"the model has no layer that can be quantized ({'; '.join(reasons)}); convolutions, "
+            f"linear layers and embeddings can"
+        )
+    pins = _resolve_pins(graph, config)
+    bypassed = bypassed_layers(graph)
+    granularity = _granularity(config, target)
+    layers = tuple(
+        _layer_choice(layer, config, target, pins, layer.name in bypassed, granularity)
+        for layer in graph.searchable_layers
+    )
+    return SearchSpace(graph, layers, _edges(graph, config, target), config.scheme)
+
+
+def _granularity(config: RunConfig, target: TargetCapabilities) -> str:
+    finest = target.granularity
+    if _COARSENESS.index(config.granularity) < _COARSENESS.index(finest):
+        raise UsageError(
+            f"target {target.name!r} has one width per {finest}, --granularity "
+            f"{config.granularity} asks for finer; choose {finest} or another target"
+        )
+    return config.granularity
+
+
+def _resolve_pins(graph: Graph, config: RunConfig) -> dict[str, float]:
+    names = [layer.name for layer in graph.searchable_layers]
+    pins: dict[str, float] = {}
+    for pattern, bit_width in config.pins.items():
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise UsageError(
+                f"--pin {pattern}={bit_width:g} names no layer that can be quantized; "
+                f"`search inspect` lists them: {', '.join(names[:6])}{', ...' * (len(names) > 6)}"
+            )
+        pins.update(dict.fromkeys(matched, bit_width))
+    return pins
+
+
+def _layer_choice(
+    layer: Layer,
+    config: RunConfig,
+    target: TargetCapabilities,
+    pins: dict[str, float],
+    bypassed: bool,
+    granularity: str,
+) -> LayerChoice:
+    legal = target.widths_for(layer)
+    asked = config.bits or legal
+    groups = _groups(layer, granularity)
+    zero = target.removes_channels and (bypassed or bool(groups))
+    if layer.name in pins:
+        return LayerChoice(layer.name, (_pinned(layer, pins[layer.name], legal, bypassed),))
+    widths = tuple(
+        sorted(b for b in set(asked) if b in legal and (b != 0 or zero))
+    )
+    if not widths:
+        raise UsageError(
+            f"layer {layer.name!r} may have {_list(legal)} bits on target {target.name!r}, "
+            f"--bits allows {_list(asked)}: nothing is left; widen --bits or pin the layer"
+        )
+    return LayerChoice(layer.name, widths, groups, may_vanish=bypassed)
+
+
+def _pinned(layer: Layer, bit_width: float, legal: Sequence[float], bypassed: bool) -> float:
+    if bit_width not in legal:
+        raise UsageError(
+            f"layer {layer.name!r} is pinned to {bit_width:g} bits; legal are {_list(legal)}"
+        )
+    if bit_width == 0 and not bypassed:
+        raise UsageError(
+            f"layer {layer.name!r} cannot be pinned to 0 bits: no addition bypasses it, so the "
+            f"network would be cut; pin it to 1 or more"
+        )
+    return bit_width
+
+
+def _groups(layer: Layer, granularity: str) -> tuple[tuple[int, ...], ...]:
+    n = layer.out_channels
+    if granularity == "layer" or layer.kind == "embedding" or n < 2:
+        return ()
+    size = 1 if granularity == "channel" else -(-n // CHANNEL_GROUPS)
+    return tuple(tuple(range(i, min(i + size, n))) for i in range(0, n, size))
+
+
+def _edges(
+    graph: Graph, config: RunConfig, target: TargetCapabilities
+) -> tuple[EdgeChoice, ...]:
+    widths = config.activation_bits or target.activation_bits
+    if not widths:
+        return ()
+    illegal = [b for b in widths if target.activation_bits and b not in target.activation_bits]
+    if illegal:
+        raise UsageError(
+            f"target {target.name!r} runs activations of {_list(target.activation_bits)} bits, "
+            f"--activation-bits asks for {_list(illegal)}"
+        )
+    choices = []
+    for edge in activation_edges(graph):
+        if edge.kind == "output":
+            continue
+        legal = (8,) if edge.kind == "input" else tuple(sorted(set(widths)))
+        choices.append(EdgeChoice(edge.name, legal))
+    return tuple(choices)
+
+
+def _list(widths: Sequence[float]) -> str:
+    return ", ".join(f"{b:g}" for b in widths)

@@ -1,0 +1,37 @@
+"""The command `search`: parses and prints; the work is one call per subcommand."""
+
+import sys
+from collections.abc import Sequence
+
+INTERRUPTED = 130
+ENVIRONMENT = 4
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit code.
+
+    0 done, 2 usage or input, 3 nothing met the budget, 4 environment (disk, missing tool),
+    5 verification failed, 130 interrupted.
+    """
+    import click
+
+    from quant_ops.errors import BitfrontError
+    from search.cli.app import app
+
+    try:
+        code = app(args=list(argv) if argv is not None else None, standalone_mode=False)
+    except BitfrontError as error:
+        print(f"search: {error}", file=sys.stderr)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("search: interrupted; what is finished is kept", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        print(f"search: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return ENVIRONMENT
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,211 @@
+"""What a strategy sees of the engine: evaluation, history, limits; everything recorded."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cost_models.base import CostModel
+from quant_ops.candidate import Candidate, LayerQuant
+from quant_ops.quantized import QuantizedModel
+from search.evaluation import Evaluation
+from search.record import Record
+from search.runners.base import Job, Runner
+from search.space import SearchSpace
+from search.strategy import SearchOver
+
+EDGE_PREFIX = "edge:"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a strategy has to end; None is no limit. `deadline` in seconds of `time.monotonic`."""
+
+    trials: int | None
+    deadline: float | None
+
+
+class ProbeLog:
+    """Losses of single-layer changes, one JSON line each, kept in the run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.losses: dict[str, float] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    key, loss = json.loads(line)
+                except ValueError:
+                    continue  # the line that was being written when the process was killed
+                self.losses[key] = loss
+
+    @staticmethod
+    def key(change: Mapping[str, float]) -> str:
+        """Canonical spelling of a change."""
+        return json.dumps({name: change[name] for name in sorted(change)})
+
+    def add(self, key: str, loss: float) -> None:
+        """Keep one answer, on disk at once."""
+        self.losses[key] = loss
+        with self._path.open("a") as file:
+            file.write(json.dumps([key, loss]) + "\n")
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Told of every finished measurement, for progress displays."""
+
+    on_evaluation: Callable[[Evaluation, bool], None] = lambda evaluation, known: None
+    on_probe: Callable[[int, int], None] = lambda done, total: None
+    on_phase: Callable[[str], None] = lambda text: None
+
+
+class RunContext:
+    """Implements `search.strategy.Context` over a runner and a record.
+
+    On resume a strategy is replayed from its start: a candidate that the record knows is
+    answered from there, and `history` shows only what the replay has reached, so that the
+    proposals are those of the uninterrupted run.
+    """
+
+    def __init__(
+        self,
+        *,
+        space: SearchSpace,
+        budgets: Mapping[str, float],
+        costs: Mapping[str, CostModel],
+        seed: int,
+        runner: Runner,
+        record: Record,
+        folder: Path,
+        listener: Listener | None = None,
+    ) -> None:
+        self.space = space
+        self.budgets = budgets
+        self.costs = costs
+        self.seed = seed
+        self.batch_size = 8 * runner.n_workers
+        self.strategy = ""
+        self._limits = Limits(None, None)
+        self._runner = runner
+        self._record = record
+        self._folder = folder
+        self._listener = listener or Listener()
+        self._recorded = {e.candidate: e for e in record.evaluations() if not e.recipe}
+        self._reached: dict[Candidate, Evaluation] = {}
+        self._n_used = 0
+        self._probes = ProbeLog(folder / "probes.jsonl")
+
+    def begin(self, strategy: str, limits: Limits) -> None:
+        """Enter the share of one strategy."""
+        self.strategy = strategy
+        self._limits = limits
+        self._n_used = 0
+        self._listener.on_phase(strategy)
+
+    def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
+        """See `Context.evaluate`."""
+        fresh = [c for c in dict.fromkeys(candidates) if c not in self._reached]
+        over = False
+        if self._limits.trials is not None:
+            left = max(0, self._limits.trials - self._n_used)
+            over = len(fresh) > left
+            fresh = fresh[:left]
+        for candidate in fresh:
+            if candidate in self._recorded:
+                self._reach(self._recorded[candidate], known=True)
+        over |= not self._measure([c for c in fresh if c not in self._reached])
+        if over:
+            raise SearchOver
+        return [self._reached[c] for c in candidates]
+
+    def probe(self, changes: Sequence[Mapping[str, float]]) -> list[float]:
+        """See `Context.probe`."""
+        keys = [ProbeLog.key(change) for change in changes]
+        todo = {
+            key: change
+            for key, change in zip(keys, changes, strict=True)
+            if key not in self._probes.losses
+        }
+        jobs = [Job(_candidate_of(change), "probe") for change in todo.values()]
+        waiting = list(todo)
+        for n, (position, loss) in enumerate(self._runner.run(jobs), start=1):
+            assert isinstance(loss, float)
+            self._probes.add(waiting[position], loss)
+            self._listener.on_probe(n, len(jobs))
+            if self._out_of_time():
+                raise SearchOver
+        return [self._probes.losses[key] for key in keys]
+
+    def submit(
+        self, candidate: Candidate, model: QuantizedModel, *, recipe: str, parent: int | None = None
+    ) -> Evaluation:
+        """See `Context.submit`."""
+        raise NotImplementedError("no strategy of this version brings weights of its own")
+
+    def size_of(self, candidate: Candidate) -> int:
+        """See `Context.size_of`."""
+        return int(self.costs["size_bytes"].cost(self.space.graph, candidate))
+
+    def cost_of(self, candidate: Candidate) -> dict[str, float]:
+        """See `Context.cost_of`."""
+        names = {"size_bytes", *self.budgets}
+        return {name: self.costs[name].cost(self.space.graph, candidate) for name in names}
+
+    def history(self) -> list[Evaluation]:
+        """See `Context.history`."""
+        return sorted(self._reached.values(), key=lambda e: e.trial)
+
+    def should_stop(self) -> bool:
+        """See `Context.should_stop`."""
+        trials = self._limits.trials
+        return (trials is not None and self._n_used >= trials) or self._out_of_time()
+
+    def folder(self, name: str) -> Path:
+        """See `Context.folder`."""
+        path = self._folder / "checkpoints" / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _out_of_time(self) -> bool:
+        deadline = self._limits.deadline
+        return deadline is not None and time.monotonic() >= deadline
+
+    def _reach(self, evaluation: Evaluation, *, known: bool) -> None:
+        self._reached[evaluation.candidate] = evaluation
+        self._n_used += 1
+        self._listener.on_evaluation(evaluation, known)
+
+    def _measure(self, candidates: Sequence[Candidate]) -> bool:
+        """Evaluate and record; False when time ran out first.
+
+        Results are recorded in proposal order as far as they are complete, so that trial
+        numbers do not depend on which worker was faster.
+        """
+        done: dict[int, Evaluation] = {}
+        written = 0
+        for position, result in self._runner.run([Job(c) for c in candidates]):
+            assert isinstance(result, Evaluation)
+            done[position] = replace(result, strategy=self.strategy, seed=self.seed)
+            ready = []
+            while written in done:
+                ready.append(done.pop(written))
+                written += 1
+            for evaluation in self._record.append(ready, self.budgets):
+                self._recorded[evaluation.candidate] = evaluation
+                self._reach(evaluation, known=False)
+            if self._out_of_time() and written < len(candidates):
+                for evaluation in self._record.append(list(done.values()), self.budgets):
+                    self._recorded[evaluation.candidate] = evaluation
+                    self._reach(evaluation, known=False)
+                return False
+        return True
+
+
+def _candidate_of(change: Mapping[str, float]) -> Candidate:
+    layers = {n: LayerQuant((b,)) for n, b in change.items() if not n.startswith(EDGE_PREFIX)}
+    edges = {
+        n.removeprefix(EDGE_PREFIX): int(b) for n, b in change.items() if n.startswith(EDGE_PREFIX)
+    }
+    return Candidate.of(layers, edges)

@@ -1,0 +1,181 @@
+"""Measures candidates: quality loss, metric, agreement, every cost."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from cost_models.base import CostModel
+from quant_ops.bank import WeightBank
+from quant_ops.candidate import Candidate
+from quant_ops.executor import Executor, Transform
+from quant_ops.graph import Params
+from search.capture import Traced
+from search.data import Split
+from search.evaluation import Evaluation
+from search.task import Metric
+
+QualityLoss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Quality of one network on one split.
+
+    `metric` and `agreement` are None where the split has no labels, or the outputs no classes.
+    """
+
+    loss: float
+    loss_stderr: float
+    metric: float | None
+    agreement: float | None
+
+
+class Judge:
+    """Compares outputs on one split with those of the float model and with the labels."""
+
+    def __init__(
+        self,
+        split: Split,
+        float_outputs: Sequence[Any],
+        *,
+        quality_loss: QualityLoss,
+        metric: Metric,
+    ) -> None:
+        self.split = split
+        self.float_outputs = float_outputs
+        self._quality_loss = quality_loss
+        self._metric = metric
+
+    def measure(self, run: Callable[[tuple[Tensor, ...]], Any]) -> Measurement:
+        """Run every batch through `run` (inputs -> outputs tree) and judge."""
+        losses: list[Tensor] = []
+        scores: list[Tensor] = []
+        same: list[Tensor] = []
+        outputs_seen: list[Any] = []
+        for (inputs, target), reference in zip(
+            self.split.batches, self.float_outputs, strict=True
+        ):
+            outputs = run(inputs)
+            losses.append(self._quality_loss(outputs, reference).double())
+            if target is not None and self._metric.per_sample:
+                scores.append(torch.as_tensor(self._metric.function(outputs, target)).double())
+            elif target is not None:
+                outputs_seen.append(outputs)
+            agree = top1_agreement(outputs, reference)
+            if agree is not None:
+                same.append(agree)
+        loss = torch.cat(losses)
+        mean = float(loss.mean())
+        spread = float(loss.std()) / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
+        return Measurement(
+            loss=mean if math.isfinite(mean) else math.inf,
+            loss_stderr=spread if math.isfinite(spread) else math.inf,
+            metric=self._score(scores, outputs_seen),
+            agreement=float(torch.cat(same).double().mean()) if same else None,
+        )
+
+    def _score(self, scores: Sequence[Tensor], outputs: Sequence[Any]) -> float | None:
+        if scores:
+            return float(torch.cat(list(scores)).mean())
+        if not outputs:
+            return None
+        targets = [target for _, target in self.split.batches]
+        joined = pytree.tree_map(lambda *leaves: torch.cat(leaves), *outputs)
+        whole = torch.cat(targets) if isinstance(targets[0], Tensor) else targets
+        return float(self._metric.function(joined, whole))
+
+
+def top1_agreement(outputs: Any, reference: Any) -> Tensor | None:
+    """Per sample whether the largest logit is the same one; None unless both are (batch, classes)."""
+    if isinstance(outputs, Tensor) and isinstance(reference, Tensor) and outputs.dim() == 2:
+        return outputs.argmax(1) == reference.argmax(1)
+    return None
+
+
+class Evaluator:
+    """Holds the float network and its data, and evaluates candidates one at a time.
+
+    Args:
+        traced: the float network.
+        bank: turns a candidate into parameters.
+        splits: name to split; "search" judges candidates, "probe" single layers, "validation"
+            the finished front.
+        costs: cost-model name to model.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        bank: WeightBank,
+        splits: Mapping[str, Split],
+        *,
+        quality_loss: QualityLoss,
+        metric: Metric,
+        costs: Mapping[str, CostModel],
+    ) -> None:
+        self.traced = traced
+        self.bank = bank
+        self.costs = costs
+        self._executor = Executor(traced.graph)
+        self._splits = splits
+        self._quality_loss = quality_loss
+        self._metric = metric
+        self._judges: dict[str, Judge] = {}
+
+    def judge(self, split: str) -> Judge:
+        """The judge of a split; its float outputs are computed at the first call."""
+        if split not in self._judges:
+            data = self._splits[split]
+            outputs = [self._run(self.traced.params, {}, inputs) for inputs in data.inputs()]
+            self._judges[split] = Judge(
+                data, outputs, quality_loss=self._quality_loss, metric=self._metric
+            )
+        return self._judges[split]
+
+    def measure_float(self, split: str) -> Measurement:
+        """The float network on a split: loss 0 up to rounding, and its metric."""
+        return self.judge(split).measure(lambda x: self._run(self.traced.params, {}, x))
+
+    def measure(self, candidate: Candidate, split: str = "search") -> Measurement:
+        """Quality of a candidate; a layer or edge that it does not name stays float."""
+        params = self.bank.params(candidate)
+        transforms = self.transforms(candidate)
+        return self.judge(split).measure(lambda x: self._run(params, transforms, x))
+
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        """Quality on the search split and every cost."""
+        started = time.perf_counter()
+        measured = self.measure(candidate)
+        return Evaluation(
+            candidate=candidate,
+            loss=measured.loss,
+            loss_stderr=measured.loss_stderr,
+            metric=measured.metric,
+            agreement=measured.agreement,
+            costs={n: m.cost(self.traced.graph, candidate) for n, m in self.costs.items()},
+            seconds=time.perf_counter() - started,
+        )
+
+    def transforms(self, candidate: Candidate) -> dict[int, Transform]:
+        """Node index to fake quantizer, for every quantized edge of the candidate."""
+        return self.bank.transforms(candidate) if candidate.activations else {}
+
+    def _run(
+        self, params: Params, transforms: Mapping[int, Transform], inputs: tuple[Tensor, ...]
+    ) -> Any:
+        outputs, _ = self._executor.run(params, inputs, transforms=transforms)
+        return pytree.tree_unflatten(list(outputs), self.traced.out_spec)
+
+
+def top_classes(outputs: Any) -> np.ndarray | None:  # type: ignore[type-arg]
+    """Top-1 class per sample, ties to the lowest index; None unless logits (batch, classes)."""
+    if isinstance(outputs, Tensor) and outputs.dim() == 2:
+        return np.asarray(outputs.argmax(1))
+    return None

@@ -1,0 +1,162 @@
+"""`search inspect`: what a search would do, before anything runs."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from quant_ops.channels import tied_channels
+from search.budget import format_size, parse_budgets
+from search.config import DEFAULT_TRIALS, RunConfig
+from search.durations import format_duration
+from search.engine import require_reachable
+from search.prepare import Prepared, prepare
+from search.space import SearchSpace
+from search.task import Task
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of one weight tensor."""
+
+    name: str
+    kind: str
+    n_weights: int
+    macs: int
+    bit_widths: tuple[float, ...]
+    reason: str
+
+    def to_text(self) -> str:
+        """`searched: 1, 2, 4 bits` or `float: because ...`."""
+        if self.reason:
+            return f"float: {self.reason}"
+        widths = ", ".join(f"{b:g}" for b in self.bit_widths)
+        return f"pinned: {widths} bits" if len(self.bit_widths) == 1 else f"searched: {widths}"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Layers, ties, reachable range of each budget, expected time."""
+
+    task: str
+    fates: tuple[Fate, ...]
+    ties: tuple[tuple[str, ...], ...]
+    float_bytes: int
+    ranges: Mapping[str, tuple[float, float]]
+    budgets: Mapping[str, float]
+    n_genes: int
+    n_probes: int
+    seconds_per_evaluation: float
+    expected_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value."""
+        return {
+            "task": self.task,
+            "layers": [
+                {
+                    "name": f.name,
+                    "kind": f.kind,
+                    "parameters": f.n_weights,
+                    "macs": f.macs,
+                    "bit_widths": list(f.bit_widths),
+                    "kept_float_because": f.reason or None,
+                }
+                for f in self.fates
+            ],
+            "ties": [list(tie) for tie in self.ties],
+            "float_bytes": self.float_bytes,
+            "reachable": {name: list(pair) for name, pair in self.ranges.items()},
+            "budgets": dict(self.budgets),
+            "seconds_per_evaluation": self.seconds_per_evaluation,
+            "expected_seconds": self.expected_seconds,
+        }
+
+    def print(self) -> None:
+        """Print tables on stdout."""
+        console = Console()
+        table = Table(title=f"{self.task}: {format_size(self.float_bytes)} in float")
+        table.add_column("layer", overflow="fold")
+        table.add_column("kind")
+        table.add_column("parameters", justify="right")
+        table.add_column("MACs", justify="right")
+        table.add_column("fate", overflow="fold")
+        for fate in self.fates:
+            table.add_row(
+                fate.name, fate.kind, f"{fate.n_weights:,}", f"{fate.macs:,}", fate.to_text()
+            )
+        console.print(table)
+        if self.ties:
+            console.print("Channels that can only be removed together:")
+            for tie in self.ties:
+                console.print(f"  {', '.join(tie)}", highlight=False, soft_wrap=True)
+        reach = Table(title="reachable")
+        for column in ("cost", "from", "to", "budget"):
+            reach.add_column(column, justify="left" if column == "cost" else "right")
+        for name, (low, high) in self.ranges.items():
+            show = format_size if name.endswith("bytes") else "{:,.0f}".format
+            limit = self.budgets.get(name)
+            reach.add_row(name, show(low), show(high), "-" if limit is None else show(limit))
+        console.print(reach)
+        console.print(
+            f"{self.n_genes} choices, {self.n_probes} sensitivity measurements; about "
+            f"{self.seconds_per_evaluation:.2g} s an evaluation, "
+            f"{format_duration(self.expected_seconds)} for the default {DEFAULT_TRIALS} trials",
+            highlight=False,
+        )
+
+
+def inspect_task(task: Task, config: RunConfig) -> Inspection:
+    """Trace the task, list what a search would choose and how long it would take.
+
+    Raises:
+        BudgetError: a budget below the reachable range.
+    """
+    prepared = prepare(task, config)
+    budgets = parse_budgets(config.budgets)
+    require_reachable(prepared, budgets)
+    space = prepared.space
+    seconds, probe_seconds = _time_evaluation(prepared)
+    n_probes = sum(len(choice.bit_widths) for choice in space.layers if len(choice.bit_widths) > 1)
+    trials = config.trial_limit or DEFAULT_TRIALS
+    low, high = space.smallest(), space.largest()
+    graph = prepared.traced.graph
+    return Inspection(
+        task=task.name,
+        fates=_fates(prepared, space),
+        ties=tuple(t.layers for t in tied_channels(graph) if len(t.layers) > 1),
+        float_bytes=prepared.traced.float_bytes,
+        ranges={
+            name: (model.cost(graph, low), model.cost(graph, high))
+            for name, model in prepared.costs.items()
+        },
+        budgets=budgets,
+        n_genes=sum(len(widths) > 1 for widths in space.gene_widths),
+        n_probes=n_probes,
+        seconds_per_evaluation=seconds,
+        expected_seconds=trials * seconds + n_probes * probe_seconds,
+    )
+
+
+def _fates(prepared: Prepared, space: SearchSpace) -> tuple[Fate, ...]:
+    widths = {choice.name: choice.bit_widths for choice in space.layers}
+    return tuple(
+        Fate(x.name, x.kind, x.n_weights, x.macs, widths.get(x.name, ()), x.reason)
+        for x in prepared.traced.graph.layers
+    )
+
+
+def _time_evaluation(prepared: Prepared) -> tuple[float, float]:
+    """Seconds of one evaluation and of one probe, timed on the probe split."""
+    evaluator = prepared.evaluator
+    candidate = prepared.space.largest()
+    evaluator.measure(candidate, "probe")
+    started = time.perf_counter()
+    evaluator.measure(candidate, "probe")
+    probe_seconds = time.perf_counter() - started
+    splits = prepared.spec.splits
+    ratio = splits["search"].n_samples / max(1, splits["probe"].n_samples)
+    return probe_seconds * ratio, probe_seconds

@@ -1,0 +1,132 @@
+"""From a task to everything a search needs: traced network, splits, calibration, evaluator."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cost_models.base import CostModel
+from cost_models.table import make_cost_model
+from quant_ops.bank import WeightBank
+from quant_ops.calibration import Calibration, calibrate
+from quant_ops.edges import activation_edges
+from search.capture import Traced, trace
+from search.choices import build_space
+from search.config import RunConfig
+from search.data import EVALUATION_BATCH, Split, load_split
+from search.evaluator import Evaluator
+from search.quality import quality_function
+from search.space import SearchSpace
+from search.task import Task
+
+ALWAYS_COSTED = ("size_bytes", "macs", "bops", "ram_bytes")
+
+
+@dataclass(frozen=True)
+class EvaluatorSpec:
+    """What a worker process needs to build an evaluator of its own."""
+
+    traced: Traced
+    calibration: Calibration
+    splits: Mapping[str, Split]
+    quality_loss: object
+    task_metric: object
+    range_setter: str
+
+    def __call__(self) -> Evaluator:
+        return Evaluator(
+            self.traced,
+            WeightBank(
+                self.traced.graph,
+                self.traced.params,
+                self.calibration,
+                range_setter=self.range_setter,
+            ),
+            self.splits,
+            quality_loss=self.quality_loss,  # type: ignore[arg-type]
+            metric=self.task_metric,  # type: ignore[arg-type]
+            costs={name: make_cost_model(name) for name in ALWAYS_COSTED},
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task made ready for searching."""
+
+    task: Task
+    config: RunConfig
+    traced: Traced
+    space: SearchSpace
+    spec: EvaluatorSpec
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """The evaluator of this process."""
+        return self.spec()
+
+    @property
+    def costs(self) -> Mapping[str, CostModel]:
+        """Cost-model name to model."""
+        return self.evaluator.costs
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """What must be the same for a resume: model, data, calibration."""
+        return {
+            "model": _params_digest(self.traced.params),
+            "validation": self.spec.splits["validation"].digest(),
+            "calibration": self.spec.splits["calibration"].digest(),
+        }
+
+    def size_range(self) -> tuple[int, int]:
+        """Sizes in bytes of the smallest and the largest candidate of the space."""
+        cost = self.costs["size_bytes"].cost
+        graph = self.traced.graph
+        smallest, largest = self.space.smallest(), self.space.largest()
+        return int(cost(graph, smallest)), int(cost(graph, largest))
+
+
+def prepare(task: Task, config: RunConfig) -> Prepared:
+    """Trace, read the splits, calibrate, build the space.
+
+    Raises:
+        UsageError: the task, the model or the settings cannot be used as given.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    traced = trace(task.model, task.examples())
+    batch = traced.static_batch or EVALUATION_BATCH
+    calibration_split = load_split(task.calibration, what="calibration", batch=batch)
+    validation = load_split(task.validation, what="validation", batch=batch)
+    space = build_space(traced.graph, config)
+    nodes = [edge.node for edge in activation_edges(traced.graph)]
+    calibration = calibrate(
+        traced.graph, traced.params, list(calibration_split.inputs()), edges=nodes
+    )
+    splits = {
+        "validation": validation,
+        "search": validation.first(config.search_samples),
+        "probe": validation.first(config.probe_samples),
+        "calibration": calibration_split,
+    }
+    spec = EvaluatorSpec(
+        traced=traced,
+        calibration=calibration,
+        splits=splits,
+        quality_loss=quality_function(task, config.objective),
+        task_metric=task.metric,
+        range_setter=config.range_setter,
+    )
+    return Prepared(task, config, traced, space, spec)
+
+
+def _params_digest(params: Mapping[str, Tensor]) -> str:
+    hasher = hashlib.blake2b(digest_size=8)
+    for name in sorted(params):
+        tensor = params[name].detach().cpu().contiguous()
+        hasher.update(name.encode())
+        hasher.update(tensor.numpy().tobytes())
+    return hasher.hexdigest()

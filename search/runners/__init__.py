@@ -1,0 +1,1 @@
+"""Where candidates are evaluated: in this process, or on Ray workers."""

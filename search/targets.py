@@ -1,0 +1,73 @@
+"""What a deployment target can run: restricts the search space before the search."""
+
+from dataclasses import dataclass
+
+from quant_ops.bit_widths import BIT_WIDTHS
+from quant_ops.errors import UsageError
+from quant_ops.graph import Layer
+
+
+@dataclass(frozen=True, slots=True)
+class TargetCapabilities:
+    """Legal choices of one target.
+
+    Attributes:
+        name: for `--target`.
+        summary: one line for the user.
+        weight_bits: layer kind to legal weight widths; "*" stands for every other kind.
+        activation_bits: legal activation widths; empty: activations may stay float.
+        granularity: finest unit that may have a width of its own.
+        removes_channels: whether width 0 is allowed.
+    """
+
+    name: str
+    summary: str
+    weight_bits: dict[str, tuple[float, ...]]
+    activation_bits: tuple[int, ...] = ()
+    granularity: str = "channel"
+    removes_channels: bool = True
+
+    def widths_for(self, layer: Layer) -> tuple[float, ...]:
+        """Legal widths of one layer, ascending."""
+        return self.weight_bits.get(layer.kind, self.weight_bits["*"])
+
+
+TARGETS: dict[str, TargetCapabilities] = {
+    target.name: target
+    for target in (
+        TargetCapabilities(
+            "packed", "the packed file and its runtime: every width", {"*": BIT_WIDTHS}
+        ),
+        TargetCapabilities(
+            "int8",
+            "integer runtimes with 8-bit kernels only: 8-bit weights and activations",
+            {"*": (0, 8)},
+            activation_bits=(8,),
+        ),
+        TargetCapabilities(
+            "int4-int8",
+            "GPUs with INT4 and INT8 kernels: 4 or 8 bits per layer, activations likewise",
+            {"*": (0, 4, 8)},
+            activation_bits=(4, 8),
+            granularity="layer",
+        ),
+        TargetCapabilities(
+            "matmul-nbits",
+            "ONNX Runtime on CPU: 2, 4 or 8 bits for linear layers, 8 bits for convolutions",
+            {"linear": (2, 4, 8), "*": (8,)},
+            granularity="layer",
+            removes_channels=False,
+        ),
+    )
+}
+
+
+def find_target(name: str) -> TargetCapabilities:
+    """The target called `name`.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in TARGETS:
+        raise UsageError(f"there is no target {name!r}; known are {', '.join(TARGETS)}")
+    return TARGETS[name]

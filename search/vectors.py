@@ -1,0 +1,96 @@
+"""Test vectors that travel beside a packed file: real inputs and the outputs it must give.
+
+They are a file of their own (FILE.vectors.safetensors), so that the packed file stays as small
+as the search said.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from quant_ops.errors import VerificationError
+from quant_ops.packed import PackedModel
+from search.finish import runner_of
+
+N_VECTORS = 32
+# Float kernels of two machines differ in the last bits; a wrong code moves outputs far more.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """Inputs of up to `N_VECTORS` samples and the flat outputs of the packed model."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    digest: str
+
+    def save(self, path: Path) -> None:
+        """Write to `path`."""
+        tensors = {f"input.{i}": x.contiguous() for i, x in enumerate(self.inputs)}
+        tensors |= {f"output.{i}": x.contiguous() for i, x in enumerate(self.outputs)}
+        save_file(tensors, path, metadata={"format": "bitfront-vectors", "digest": self.digest})
+
+    @classmethod
+    def load(cls, path: Path, digest: str) -> "Vectors":
+        """Read `path`.
+
+        Raises:
+            VerificationError: not readable as test vectors.
+        """
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise VerificationError(f"{path} holds no test vectors: {error}") from error
+        inputs = tuple(tensors[k] for k in sorted(tensors) if k.startswith("input."))
+        outputs = tuple(tensors[k] for k in sorted(tensors) if k.startswith("output."))
+        if not inputs or not outputs:
+            raise VerificationError(f"{path} holds no test vectors")
+        return cls(inputs, outputs, digest)
+
+
+def vectors_path(packed: Path) -> Path:
+    """Where the vectors of a packed file lie."""
+    return packed.with_name(f"{packed.stem}.vectors.safetensors")
+
+
+def make_vectors(packed: PackedModel, inputs: Sequence[Tensor]) -> Vectors:
+    """Run the packed model on the first samples of `inputs`."""
+    first = tuple(x[:N_VECTORS] for x in inputs)
+    return Vectors(first, tuple(_run(packed, first)), packed.digest)
+
+
+def largest_difference(packed: PackedModel, vectors: Vectors) -> float:
+    """Largest absolute difference of any output, over the largest stored magnitude.
+
+    Raises:
+        VerificationError: the model cannot take the inputs, or has other outputs.
+    """
+    outputs = _run(packed, vectors.inputs)
+    if len(outputs) != len(vectors.outputs):
+        raise VerificationError(
+            f"the file has {len(outputs)} outputs, its test vectors have {len(vectors.outputs)}"
+        )
+    worst = 0.0
+    for mine, stored in zip(outputs, vectors.outputs, strict=True):
+        if mine.shape != stored.shape:
+            raise VerificationError(
+                f"the file gives outputs of shape {tuple(mine.shape)}, its test vectors hold "
+                f"{tuple(stored.shape)}"
+            )
+        scale = max(float(stored.abs().max()), np.finfo(np.float32).tiny)
+        worst = max(worst, float((mine - stored).abs().max()) / scale)
+    return worst
+
+
+def _run(packed: PackedModel, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    with torch.inference_mode():
+        leaves, _ = pytree.tree_flatten(runner_of(packed)(inputs))
+    return [leaf.clone() for leaf in leaves]

@@ -1,0 +1,184 @@
+"""`search verify`: is a packed file what it claims to be?"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quant_ops.errors import UsageError, VerificationError
+from quant_ops.packed import PackedModel
+from quant_ops.quantized import QuantizedLayer, QuantizedModel
+from search.budget import format_size
+from search.config import RunConfig, read_config
+from search.finish import measure_packed
+from search.prepare import Prepared, prepare
+from search.vectors import TOLERANCE, Vectors, largest_difference, vectors_path
+
+NARROW_MARGIN = 1e-4
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked and found; `facts` in the order of checking."""
+
+    path: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value."""
+        return {"file": str(self.path), **self.facts}
+
+    def to_text(self) -> str:
+        """One line per check."""
+        lines = [f"{self.path}: sound"]
+        return "\n".join(lines + [f"  {key.replace('_', ' ')}: {value}" for key, value in self.facts.items()])
+
+
+def verify_file(
+    path: Path, *, task: str | None = None, run: Path | None = None, data: str | None = None
+) -> VerifyReport:
+    """Check integrity, then the test vectors beside the file, then (with a task) the metric.
+
+    Args:
+        path: a packed file.
+        task: name of the task it was made from; its metric is measured.
+        run: folder of the run it was made in; codes, scales and biases are compared one by one.
+        data: folder of the data sets.
+
+    Raises:
+        VerificationError: the file is damaged, or computes something else than it should.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    packed = PackedModel.load(path)
+    facts: dict[str, Any] = {
+        "size": f"{format_size(packed.size_bytes)} ({packed.size_bytes:,} bytes)",
+        "digest": packed.digest,
+        "layers": len(packed.model.layers),
+    }
+    facts["test_vectors"] = _check_vectors(path, packed)
+    if run is not None:
+        facts.update(_compare_with_run(packed, path, run, data))
+    if task is not None:
+        facts.update(_measure_on_task(packed, task, run, data))
+    return VerifyReport(path, facts)
+
+
+def _check_vectors(path: Path, packed: PackedModel) -> str:
+    beside = vectors_path(path)
+    if not beside.exists():
+        return f"none beside the file ({beside.name}); only integrity was checked"
+    vectors = Vectors.load(beside, packed.digest)
+    worst = largest_difference(packed, vectors)
+    if not worst <= TOLERANCE:
+        raise VerificationError(
+            f"{path} does not compute what {beside.name} says: outputs differ by {worst:.3g} of "
+            f"their largest value, at most {TOLERANCE:g} is allowed; export it again"
+        )
+    n = vectors.inputs[0].shape[0]
+    return f"{n} run, largest relative difference {worst:.2g}"
+
+
+def _prepared(task: str, run: Path | None, data: str | None) -> Prepared:
+    from search.tasks.table import load_task
+
+    config = read_config(run)[0] if run is not None else RunConfig(task=task)
+    folder = data or config.data
+    return prepare(load_task(task, data=Path(folder) if folder else None), config)
+
+
+def _measure_on_task(
+    packed: PackedModel, task: str, run: Path | None, data: str | None
+) -> dict[str, Any]:
+    prepared = _prepared(task, run, data)
+    _require_same_structure(packed, prepared)
+    measured = measure_packed(prepared, packed, "validation")
+    metric = prepared.task.metric
+    facts: dict[str, Any] = {
+        "quality_loss": measured.loss,
+        "metric": f"{metric.name} {metric.format(measured.metric)} on validation",
+    }
+    narrow = _narrow_margins(prepared)
+    if narrow is not None:
+        facts["narrow_margins"] = (
+            f"{narrow} validation samples whose two top float outputs lie within {NARROW_MARGIN:g}"
+            f" may fall either way on another machine"
+        )
+    return facts
+
+
+def _narrow_margins(prepared: Prepared) -> int | None:
+    judge = prepared.evaluator.judge("validation")
+    count = 0
+    for outputs in judge.float_outputs:
+        if not (isinstance(outputs, torch.Tensor) and outputs.dim() == 2 and outputs.shape[1] > 1):
+            return None
+        top = outputs.topk(2, dim=1).values
+        count += int((top[:, 0] - top[:, 1] < NARROW_MARGIN).sum())
+    return count
+
+
+def _compare_with_run(
+    packed: PackedModel, path: Path, run: Path, data: str | None
+) -> dict[str, Any]:
+    config, _ = read_config(run)
+    prepared = _prepared(config.task, run, data)
+    _require_same_structure(packed, prepared)
+    from search.record import Record
+
+    digests = {}
+    for evaluation in Record.open(run).evaluations():
+        if evaluation.size_bytes == packed.size_bytes and not evaluation.pruned:
+            digests[evaluation.trial] = evaluation
+    for trial, evaluation in digests.items():
+        model = prepared.evaluator.bank.quantize(evaluation.candidate)
+        if first_difference(packed.model, model) is None:
+            return {"codes": f"equal to trial {trial} of {run}: codes, scales and biases"}
+    raise VerificationError(
+        f"{path} equals no trial of {run} code for code; it was made from other weights, "
+        f"calibration or widths"
+    )
+
+
+def first_difference(a: QuantizedModel, b: QuantizedModel) -> str | None:
+    """Name (in `b`) of the first layer whose codes, scales or biases differ; None if all agree.
+
+    Layers are compared in order, since a packed file holds no names. Columns that removal
+    makes absent are not compared: they are multiplied by zeros.
+    """
+    if len(a.layers) != len(b.layers):
+        return "the number of layers"
+    for mine, (name, theirs) in zip(a.layers.values(), b.layers.items(), strict=True):
+        if not _same_layer(mine, theirs):
+            return name
+    if [q for q in a.activations.values()] != [q for q in b.activations.values()]:
+        return "the activation quantizers"
+    return None
+
+
+def _same_layer(a: QuantizedLayer, b: QuantizedLayer) -> bool:
+    if a.bit_widths != b.bit_widths or a.mid_rise != b.mid_rise:
+        return False
+    if not np.array_equal(a.channel_scales(), b.channel_scales()):
+        return False
+    bias_a, bias_b = a.bias_values(), b.bias_values()
+    if (bias_a is None) != (bias_b is None):
+        return False
+    if bias_a is not None and bias_b is not None and not torch.equal(bias_a, bias_b):
+        return False
+    return np.array_equal(a.codes, b.codes)
+
+
+def _require_same_structure(packed: PackedModel, prepared: Prepared) -> None:
+    mine = [layer.weight_shape for layer in packed.model.graph.layers]
+    wanted = [layer.weight_shape for layer in prepared.traced.graph.layers]
+    if mine != wanted:
+        raise VerificationError(
+            f"the file holds another network than task {prepared.task.name!r}: "
+            f"{len(mine)} layers against {len(wanted)}, or other shapes"
+        )
+
+
