@@ -1,0 +1,1 @@
+"""Built-in tasks, and the loader of users' own."""
