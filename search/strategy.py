@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
+from zlib import crc32
+
+import numpy as np
 
 from cost_models.base import CostModel
 from quant_ops.candidate import Candidate
@@ -102,3 +105,8 @@ class Strategy(ABC):
     @abstractmethod
     def run(self, context: Context) -> None:
         """Propose through `context.evaluate` until `context.should_stop()` or nothing is left."""
+
+
+def batch_generator(seed: int, batch: int, stream: str = "") -> np.random.Generator:
+    """The generator of one batch; `stream` keeps strategies of one run apart."""
+    return np.random.default_rng([seed, batch, crc32(stream.encode())])

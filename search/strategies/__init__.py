@@ -1,0 +1,1 @@
+"""Search methods, one file each; `search.strategies.table` lists them."""
