@@ -99,7 +99,7 @@ def calibrate(
     params: Params,
     batches: Iterable[tuple[Sequence[Tensor], Any]],
     *,
-    edges: Sequence[int] = (),
+    edges: Mapping[str, int] | None = None,
 ) -> Calibration:
     """Run the float network once over `batches` and collect its statistics.
 
@@ -109,12 +109,13 @@ def calibrate(
         graph: the folded network.
         params: its float parameters.
         batches: (inputs, target) pairs; targets are ignored.
-        edges: nodes whose range is wanted; those that are not floating point are left out.
+        edges: edge name to the node whose range is wanted; those that are not floating point
+            are left out.
 
     Raises:
         ValueError: there is no batch.
     """
-    observers = _Observers(graph, params, edges)
+    observers = _Observers(graph, params, edges or {})
     executor = Executor(graph)
     count = 0
     for inputs, _ in batches:
@@ -128,20 +129,24 @@ def calibrate(
 class _Observers:
     """Accumulators hooked onto the nodes that are of interest."""
 
-    def __init__(self, graph: Graph, params: Params, edges: Sequence[int]) -> None:
+    def __init__(self, graph: Graph, params: Params, edges: Mapping[str, int]) -> None:
         self._graph = graph
         self._params = params
         self._layers = [x for x in graph.layers if x.searchable and x.kind != "embedding"]
         self._inputs = {x.name: _ChannelSums() for x in self._layers}
         self._outputs = {x.name: _ChannelSums() for x in self._layers}
         self._maps: dict[tuple[str, int], dict[tuple[int, ...], tuple[Tensor, int]]] = {}
-        self._edges = {i: _Histogram() for i in edges if graph.nodes[i].dtype.startswith("float")}
+        self._edges = {
+            (name, index): _Histogram()
+            for name, index in edges.items()
+            if graph.nodes[index].dtype.startswith("float")
+        }
         hooks: dict[int, list[Callable[[Tensor], None]]] = {}
         for layer in self._layers:
             for site in layer.sites:
                 if graph.nodes[site].op != "embedding.default":
                     self._hook_layer(layer, site, hooks)
-        for index, histogram in self._edges.items():
+        for (_, index), histogram in self._edges.items():
             hooks.setdefault(index, []).append(histogram.add)
         self.transforms: dict[int, Transform] = {
             index: _observe(functions) for index, functions in hooks.items()
@@ -174,7 +179,7 @@ class _Observers:
             tap_mean={layer.name: self._tap_mean(layer) for layer in self._layers},
             output_mean={k: s.mean().float() for k, s in self._outputs.items()},
             output_std={k: s.std().float() for k, s in self._outputs.items()},
-            edges={self._graph.nodes[i].name: h.result() for i, h in self._edges.items()},
+            edges={name: h.result() for (name, _), h in self._edges.items()},
         )
 
     def _tap_mean(self, layer: Layer) -> Tensor:

@@ -2,14 +2,17 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cost_models.base import CostModel
 from quant_ops.candidate import Candidate, LayerQuant
+from quant_ops.packed import PackedModel
 from quant_ops.quantized import QuantizedModel
 from search.evaluation import Evaluation
+from search.evaluator import Evaluator
+from search.finish import packed_path
 from search.record import Record
 from search.runners.base import Job, Runner
 from search.space import SearchSpace
@@ -52,13 +55,20 @@ class ProbeLog:
             file.write(json.dumps([key, loss]) + "\n")
 
 
-@dataclass(frozen=True)
 class Listener:
-    """Told of every finished measurement, for progress displays."""
+    """Told of every finished measurement, for progress displays; this one is silent."""
 
-    on_evaluation: Callable[[Evaluation, bool], None] = lambda evaluation, known: None
-    on_probe: Callable[[int, int], None] = lambda done, total: None
-    on_phase: Callable[[str], None] = lambda text: None
+    def on_phase(self, text: str) -> None:
+        """A new part of the work begins."""
+
+    def on_step(self, done: int, total: int, status: str = "") -> None:
+        """`done` of `total` steps of the present part are finished."""
+
+    def on_probe(self, done: int, total: int) -> None:
+        """A single-layer measurement was finished."""
+
+    def on_evaluation(self, evaluation: Evaluation, known: bool) -> None:
+        """A candidate was evaluated, or answered from the record."""
 
 
 class RunContext:
@@ -79,6 +89,7 @@ class RunContext:
         runner: Runner,
         record: Record,
         folder: Path,
+        evaluator: Evaluator,
         listener: Listener | None = None,
     ) -> None:
         self.space = space
@@ -91,6 +102,7 @@ class RunContext:
         self._runner = runner
         self._record = record
         self._folder = folder
+        self._evaluator = evaluator
         self._listener = listener or Listener()
         self._recorded = {e.candidate: e for e in record.evaluations() if not e.recipe}
         self._reached: dict[Candidate, Evaluation] = {}
@@ -142,7 +154,26 @@ class RunContext:
         self, candidate: Candidate, model: QuantizedModel, *, recipe: str, parent: int | None = None
     ) -> Evaluation:
         """See `Context.submit`."""
-        raise NotImplementedError("no strategy of this version brings weights of its own")
+        measured = self._evaluator.measure_model(model)
+        packed = PackedModel.from_model(model)
+        evaluation = Evaluation(
+            candidate=candidate,
+            loss=measured.loss,
+            loss_stderr=measured.loss_stderr,
+            metric=measured.metric,
+            agreement=measured.agreement,
+            costs={n: m.cost(self.space.graph, candidate) for n, m in self.costs.items()},
+            strategy=self.strategy,
+            seed=self.seed,
+            recipe=recipe,
+            parent=parent,
+            weights_digest=packed.digest,
+        )
+        (recorded,) = self._record.append([evaluation], self.budgets)
+        packed.save(packed_path(self._folder, recorded.trial))
+        self._n_used += 1
+        self._listener.on_evaluation(recorded, False)
+        return recorded
 
     def size_of(self, candidate: Candidate) -> int:
         """See `Context.size_of`."""
@@ -167,6 +198,11 @@ class RunContext:
         path = self._folder / "checkpoints" / name
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    @property
+    def n_used(self) -> int:
+        """Trials of the present strategy's share that are used up."""
+        return self._n_used
 
     def _out_of_time(self) -> bool:
         deadline = self._limits.deadline

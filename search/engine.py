@@ -1,27 +1,29 @@
 """One run from start to end: prepare, search, check, write the front."""
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from quant_ops.errors import BudgetError, EnvironmentFault, UsageError
-from search.budget import format_size, parse_budgets
+from search.budget import Budgets, format_cost
 from search.config import RunConfig, read_config, write_config
 from search.context import Limits, Listener, RunContext
 from search.evaluation import Evaluation, within
-from search.finish import check_trials
+from search.finish import Checked, check_trials
 from search.front import ParetoFront
 from search.prepare import Prepared, prepare
-from search.record import Record
+from search.record import JOURNAL, Record
 from search.runners.base import Runner
 from search.runners.in_process import InProcess
 from search.strategies.table import make_strategy
 from search.strategy import SearchOver
 from search.task import Task
 
+CHECKED = "checked"  # fact beside a trial: quality of the re-read file on all of validation
 BASELINES = ("uniform", "rate-distortion")
 RESOLVE_TRIALS = 24  # evaluations spent on a new question put to a finished run
 MAX_CHECKED = 48  # packed files written at the end of a run
@@ -62,9 +64,10 @@ def run_search(
     listener = listener or Listener()
     listener.on_phase("capturing the model")
     prepared = prepare(task, config)
-    budgets = parse_budgets(config.budgets)
+    budgets = Budgets.parse(config.budgets).limits
     require_reachable(prepared, budgets)
-    record, asked_before = _open_record(prepared, folder, resume)
+    asked_before = _claim_folder(prepared, folder, resume)
+    record = _open_record(prepared, folder)
     listener.on_phase("measuring the float model")
     prepared.evaluator.measure_float("search")
     runner = _make_runner(prepared)
@@ -82,13 +85,17 @@ def run_search(
             evaluator=prepared.evaluator,
             listener=listener,
         )
-        _run_strategies(context, config, started, new_question=_is_new(asked_before, config))
+        if asked_before is None or not _is_answered(folder, asked_before, config):
+            _run_strategies(context, config)
+        elif _is_new_question(asked_before, config):
+            _answer_from_record(context)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         runner.close()
     listener.on_phase("packing and checking the front")
-    front, baselines = finish(prepared, record, folder, budgets, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    front, baselines = finish(prepared, record, folder, budgets, seconds, listener)
     return Finished(folder, front, baselines, prepared, interrupted)
 
 
@@ -106,11 +113,10 @@ def require_reachable(prepared: Prepared, budgets: Mapping[str, float]) -> None:
         cost = prepared.costs[name].cost
         low, high = cost(graph, smallest), cost(graph, largest)
         if limit < low:
-            show = format_size if name == "size_bytes" else "{:,.0f}".format
             raise BudgetError(
-                f"no candidate fits {show(limit)} of {name}: the reachable range is "
-                f"{show(low)} to {show(high)}; raise --budget, or allow narrower layers with "
-                f"--bits and --granularity channel"
+                f"no candidate fits {format_cost(name, limit)} of {name}: the reachable range is "
+                f"{format_cost(name, low)} to {format_cost(name, high)}; raise --budget, or allow "
+                f"narrower layers with --bits"
             )
 
 
@@ -120,6 +126,7 @@ def finish(
     folder: Path,
     budgets: Mapping[str, float],
     seconds: float,
+    listener: Listener,
 ) -> tuple[ParetoFront, tuple[Evaluation, ...]]:
     """Pack and check the points of the front and the baselines; write front.json and plots."""
     evaluations = [
@@ -133,14 +140,113 @@ def finish(
         _thinned(ParetoFront.of([e for e in shown if e.strategy != "uniform"], {}).points, 24)
     )
     wanted = list({e.trial: e for e in [*points, *shown]}.values())
-    known = record.checked()
-    checked = {
-        e.trial: e
-        for e in check_trials(
-            prepared, wanted, folder, known=known, on_checked=record.add_checked
-        )
-    }
+    known = {t: Checked(**fact) for t, fact in record.facts(CHECKED).items()}
+
+    def keep(checked: Checked) -> None:
+        record.add_fact(checked.trial, CHECKED, asdict(checked))
+        known[checked.trial] = checked
+        listener.on_step(len(known), len(wanted), f"checked trial {checked.trial}")
+
+    results = check_trials(prepared, wanted, folder, known=tuple(known.values()), on_checked=keep)
+    checked = {e.trial: e for e in results}
     front = ParetoFront.of(list(checked.values()), budgets)
     final_baselines = tuple(checked[e.trial] for e in shown)
     write_front(prepared, record, folder, front, final_baselines, budgets, seconds)
     return front, final_baselines
+
+
+def _thinned(points: Sequence[Evaluation], most: int) -> list[Evaluation]:
+    """At most `most` points, evenly spread over their order, both ends kept."""
+    if len(points) <= most:
+        return list(points)
+    step = (len(points) - 1) / (most - 1)
+    return [points[round(i * step)] for i in range(most)]
+
+
+def _claim_folder(prepared: Prepared, folder: Path, resume: bool) -> RunConfig | None:
+    """Write config.json, or check that it is of this model and data; the earlier settings."""
+    before: RunConfig | None = None
+    facts = {"digests": prepared.digests, "task_name": prepared.task.name}
+    if resume:
+        before, stored = read_config(folder)
+        for what, digest in prepared.digests.items():
+            if stored["digests"].get(what) != digest:
+                raise UsageError(
+                    f"{folder} holds a run of another {what} (digest {stored['digests'].get(what)}, "
+                    f"now {digest}); start a new run without --resume"
+                )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(
+            f"{folder} is not empty; choose another --out, or go on with the run it holds: "
+            f"--resume {folder}"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, prepared.config, facts)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{folder} cannot be written: {error.strerror}; choose another --out"
+        ) from error
+    return before
+
+
+def _open_record(prepared: Prepared, folder: Path) -> Record:
+    name, storage = prepared.task.name, prepared.config.storage
+    if (folder / JOURNAL).exists():
+        return Record.open(folder, storage=storage)
+    return Record.create(folder, name=name, metadata=prepared.digests, storage=storage)
+
+
+def _make_runner(prepared: Prepared) -> Runner:
+    config = prepared.config
+    if config.workers == 0 and config.ray_address is None:
+        return InProcess(prepared.evaluator)
+    from search.runners.cluster import Cluster
+
+    n_workers = max(1, config.workers)
+    threads = config.threads or max(1, torch.get_num_threads() // n_workers)
+    return Cluster(
+        prepared.spec, n_workers=n_workers, address=config.ray_address, threads=threads
+    )
+
+
+def _run_strategies(context: RunContext, config: RunConfig) -> None:
+    """One strategy after the other, each with an equal share of what is left."""
+    started = time.monotonic()
+    used = 0
+    for position, name in enumerate(config.strategies):
+        n_left = len(config.strategies) - position
+        trials = None
+        if config.trial_limit is not None:
+            trials = (config.trial_limit - used) // n_left
+        deadline = None
+        if config.time_limit_s is not None:
+            now = time.monotonic()
+            deadline = now + (started + config.time_limit_s - now) / n_left
+        settings = {
+            key.removeprefix(f"{name}."): value
+            for key, value in config.settings.items()
+            if key.startswith(f"{name}.")
+        }
+        context.begin(name, Limits(trials, deadline))
+        with contextlib.suppress(SearchOver):
+            make_strategy(name, settings).run(context)
+        used += context.n_used
+
+
+def _is_answered(folder: Path, before: RunConfig, now: RunConfig) -> bool:
+    """Whether the run had come to its end, and no more trials or time are asked for."""
+    longer = (now.trial_limit, now.time_limit_s) != (before.trial_limit, before.time_limit_s)
+    return (folder / "front.json").exists() and not longer
+
+
+def _is_new_question(before: RunConfig, now: RunConfig) -> bool:
+    return (before.budgets, before.pins, before.bits) != (now.budgets, now.pins, now.bits)
+
+
+def _answer_from_record(context: RunContext) -> None:
+    """Solve the integer program again on the measured table, under the new limits."""
+    for name in BASELINES:
+        context.begin(name, Limits(RESOLVE_TRIALS, None))
+        with contextlib.suppress(SearchOver):
+            make_strategy(name, {}).run(context)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -14,8 +13,10 @@ from torch.utils import _pytree as pytree
 from cost_models.base import CostModel
 from quant_ops.bank import WeightBank
 from quant_ops.candidate import Candidate
+from quant_ops.edges import activation_edges
 from quant_ops.executor import Executor, Transform
 from quant_ops.graph import Params
+from quant_ops.quantized import ActivationQuant, QuantizedModel
 from search.capture import Traced
 from search.data import Split
 from search.evaluation import Evaluation
@@ -92,13 +93,6 @@ class Judge:
         return float(self._metric.function(joined, whole))
 
 
-def top1_agreement(outputs: Any, reference: Any) -> Tensor | None:
-    """Per sample whether the largest logit is the same one; None unless both are (batch, classes)."""
-    if isinstance(outputs, Tensor) and isinstance(reference, Tensor) and outputs.dim() == 2:
-        return outputs.argmax(1) == reference.argmax(1)
-    return None
-
-
 class Evaluator:
     """Holds the float network and its data, and evaluates candidates one at a time.
 
@@ -149,6 +143,12 @@ class Evaluator:
         transforms = self.transforms(candidate)
         return self.judge(split).measure(lambda x: self._run(params, transforms, x))
 
+    def measure_model(self, model: QuantizedModel, split: str = "search") -> Measurement:
+        """Quality of a model that brings weights of its own."""
+        transforms = self._transforms(model.activations)
+        params = model.params()
+        return self.judge(split).measure(lambda x: self._run(params, transforms, x))
+
     def evaluate(self, candidate: Candidate) -> Evaluation:
         """Quality on the search split and every cost."""
         started = time.perf_counter()
@@ -165,7 +165,14 @@ class Evaluator:
 
     def transforms(self, candidate: Candidate) -> dict[int, Transform]:
         """Node index to fake quantizer, for every quantized edge of the candidate."""
-        return self.bank.transforms(candidate) if candidate.activations else {}
+        return self._transforms(self.bank.activations(candidate))
+
+    def _transforms(self, quantizers: Mapping[str, ActivationQuant]) -> dict[int, Transform]:
+        return {
+            edge.node: quantizers[edge.name].fake_quantize
+            for edge in activation_edges(self.traced.graph)
+            if edge.name in quantizers
+        }
 
     def _run(
         self, params: Params, transforms: Mapping[int, Transform], inputs: tuple[Tensor, ...]
@@ -173,9 +180,3 @@ class Evaluator:
         outputs, _ = self._executor.run(params, inputs, transforms=transforms)
         return pytree.tree_unflatten(list(outputs), self.traced.out_spec)
 
-
-def top_classes(outputs: Any) -> np.ndarray | None:  # type: ignore[type-arg]
-    """Top-1 class per sample, ties to the lowest index; None unless logits (batch, classes)."""
-    if isinstance(outputs, Tensor) and outputs.dim() == 2:
-        return np.asarray(outputs.argmax(1))
-    return None

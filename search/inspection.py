@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quant_ops.channels import tied_channels
-from search.budget import format_size, parse_budgets
+from search.budget import Budgets, format_cost, format_size
 from search.config import DEFAULT_TRIALS, RunConfig
 from search.durations import format_duration
 from search.engine import require_reachable
@@ -97,9 +97,9 @@ class Inspection:
         for column in ("cost", "from", "to", "budget"):
             reach.add_column(column, justify="left" if column == "cost" else "right")
         for name, (low, high) in self.ranges.items():
-            show = format_size if name.endswith("bytes") else "{:,.0f}".format
             limit = self.budgets.get(name)
-            reach.add_row(name, show(low), show(high), "-" if limit is None else show(limit))
+            shown = "-" if limit is None else format_cost(name, limit)
+            reach.add_row(name, format_cost(name, low), format_cost(name, high), shown)
         console.print(reach)
         console.print(
             f"{self.n_genes} choices, {self.n_probes} sensitivity measurements; about "
@@ -116,7 +116,7 @@ def inspect_task(task: Task, config: RunConfig) -> Inspection:
         BudgetError: a budget below the reachable range.
     """
     prepared = prepare(task, config)
-    budgets = parse_budgets(config.budgets)
+    budgets = Budgets.parse(config.budgets).limits
     require_reachable(prepared, budgets)
     space = prepared.space
     seconds, probe_seconds = _time_evaluation(prepared)

@@ -102,10 +102,8 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
     calibration_split = load_split(task.calibration, what="calibration", batch=batch)
     validation = load_split(task.validation, what="validation", batch=batch)
     space = build_space(traced.graph, config)
-    nodes = [edge.node for edge in activation_edges(traced.graph)]
-    calibration = calibrate(
-        traced.graph, traced.params, list(calibration_split.inputs()), edges=nodes
-    )
+    edges = {edge.name: edge.node for edge in activation_edges(traced.graph)}
+    calibration = calibrate(traced.graph, traced.params, calibration_split.batches, edges=edges)
     splits = {
         "validation": validation,
         "search": validation.first(config.search_samples),

@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from search.budget import format_size
+from search.context import Listener
 from search.durations import format_duration
 from search.evaluation import Evaluation
 
 
-class ConsoleListener:
+class ConsoleListener(Listener):
     """Shows one line that changes (a terminal) or one line per phase (a pipe)."""
 
     def __init__(self, *, trials: int | None = None, time_limit_s: float | None = None) -> None:
