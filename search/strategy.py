@@ -81,6 +81,7 @@ class Traits:
     budget_aware: bool = True
     deterministic: bool = True
     needs_training: bool = False
+    parallel: bool = True
     cost_per_trial: str = "O(1)"
 
 

@@ -1,0 +1,118 @@
+"""The default: baselines, then the rate-distortion front, then samplers where it is weakest."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cost_models.base import CostModel
+from quant_ops.candidate import Candidate
+from quant_ops.quantized import QuantizedModel
+from search.evaluation import Evaluation
+from search.space import SearchSpace
+from search.strategies.table import make_strategy
+from search.strategy import Context, Strategy, Traits
+
+OPENING = ("uniform", "rate-distortion")  # each runs to its end
+ROUNDS = (("local-search", 2), ("nsga2", 1))  # strategy, batches; repeated until time is used up
+
+
+class Auto(Strategy):
+    """A table of strategies and shares.
+
+    Every strategy of a round starts from all that was measured before, so that samplers are
+    seeded with the front. Ends early when a whole round finds nothing new to try.
+    """
+
+    name = "auto"
+    traits = Traits("uniform, rate-distortion, then local search and NSGA-II in turn")
+
+    @dataclass(frozen=True, slots=True)
+    class Settings:
+        """Settings.
+
+        Attributes:
+            points: sizes at which the integer program is solved.
+        """
+
+        points: int = 24
+
+    settings: Settings
+
+    def run(self, context: Context) -> None:
+        memory = Memory()
+        for name in OPENING:
+            settings = {"points": self.settings.points} if name == "rate-distortion" else {}
+            make_strategy(name, settings).run(Share(context, memory, context.seed))
+        number = 0
+        while not context.should_stop():
+            before = len(memory.results)
+            for name, batches in ROUNDS:
+                seed = int(np.random.SeedSequence([context.seed, number]).generate_state(1)[0])
+                share = Share(context, memory, seed, batches)
+                make_strategy(name).run(share)
+                number += 1
+            if len(memory.results) == before:
+                return
+
+
+@dataclass
+class Memory:
+    """What all shares of one run have in common."""
+
+    results: dict[Candidate, Evaluation] = field(default_factory=dict)
+    costs: dict[Candidate, dict[str, float]] = field(default_factory=dict)
+
+
+class Share:
+    """A Context that ends after some batches and remembers what it was answered.
+
+    Its history is what this run of `auto` was told so far: on a resumed run the record may hold
+    more than that, and proposals must not depend on it.
+    """
+
+    def __init__(
+        self, context: Context, memory: Memory, seed: int, batches: int | None = None
+    ) -> None:
+        self._context = context
+        self._memory = memory
+        self._left = batches
+        self.seed = seed
+        self.space: SearchSpace = context.space
+        self.budgets: Mapping[str, float] = context.budgets
+        self.costs: Mapping[str, CostModel] = context.costs
+        self.batch_size = context.batch_size
+
+    def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
+        evaluations = self._context.evaluate(candidates)
+        for evaluation in evaluations:
+            self._memory.results.setdefault(evaluation.candidate, evaluation)
+        if self._left is not None:
+            self._left -= 1
+        return evaluations
+
+    def probe(self, changes: Sequence[Mapping[str, float]]) -> list[float]:
+        return self._context.probe(changes)
+
+    def size_of(self, candidate: Candidate) -> int:
+        return self._context.size_of(candidate)
+
+    def cost_of(self, candidate: Candidate) -> dict[str, float]:
+        if candidate not in self._memory.costs:
+            self._memory.costs[candidate] = self._context.cost_of(candidate)
+        return dict(self._memory.costs[candidate])
+
+    def submit(
+        self, candidate: Candidate, model: QuantizedModel, *, recipe: str, parent: int | None = None
+    ) -> Evaluation:
+        return self._context.submit(candidate, model, recipe=recipe, parent=parent)
+
+    def history(self) -> list[Evaluation]:
+        return list(self._memory.results.values())
+
+    def should_stop(self) -> bool:
+        return self._left == 0 or self._context.should_stop()
+
+    def folder(self, name: str) -> Path:
+        return self._context.folder(name)
