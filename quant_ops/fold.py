@@ -133,5 +133,7 @@ def _rebuild(
     new_outputs = tuple(Ref(index_map[ref.index]) for ref in outputs)
     used = dict.fromkeys(name for node in new_nodes for name in params_in(node.args))
     shapes = tuple((name, tuple(params[name].shape)) for name in used)
-    graph = Graph(new_nodes, new_outputs, new_layers, shapes)
+    dtypes = {name: str(params[name].dtype).removeprefix("torch.") for name in used}
+    others = tuple((name, dtype) for name, dtype in dtypes.items() if dtype != "float32")
+    graph = Graph(new_nodes, new_outputs, new_layers, shapes, others)
     return graph, {name: params[name] for name in used}

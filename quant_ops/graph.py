@@ -82,12 +82,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in execution order. Nodes whose op is "input" come first, in argument order."""
+    """Nodes in execution order. Nodes whose op is "input" come first, in argument order.
+
+    `param_dtypes` names the types of the parameters that are not float32.
+    """
 
     nodes: tuple[Node, ...]
     outputs: tuple[Ref, ...]
     layers: tuple[Layer, ...]
     param_shapes: tuple[tuple[str, Shape], ...] = field(default=())
+    param_dtypes: tuple[tuple[str, str], ...] = field(default=())
 
     @cached_property
     def layer_of(self) -> dict[str, Layer]:

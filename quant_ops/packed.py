@@ -1,0 +1,332 @@
+"""The packed file: written, read back, run.
+
+One safetensors file with one uint8 tensor; `FORMAT.md` is normative. Nothing in it is code, a
+path or a name, and every length is known from the graph and the candidate.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from quant_ops.blobs import (
+    put_activation,
+    put_float,
+    put_layer,
+    put_quant,
+    read_activation,
+    read_float,
+    read_layer,
+    read_quant,
+)
+from quant_ops.byte_stream import ByteReader, put_varint
+from quant_ops.candidate import Candidate, LayerQuant
+from quant_ops.errors import EnvironmentFault, UsageError, VerificationError
+from quant_ops.executor import Executor
+from quant_ops.graph import Graph
+from quant_ops.manifest import decode_graph, encode_graph
+from quant_ops.packed_size import (
+    CHECKSUM_BYTES,
+    MAGIC,
+    PREFIX_BYTES,
+    VERSION,
+    header,
+    size_bytes,
+)
+from quant_ops.quantized import ActivationQuant, QuantizedModel
+from quant_ops.storage import Storage, plan_storage, prunes, remove_absent
+
+__all__ = ["PackedModel", "describe", "pack", "read", "size_bytes"]
+
+_MAX_CHANNELS = 2**24
+_MAX_ELEMENTS_PER_BYTE = 1024
+_ALWAYS_ALLOWED_ELEMENTS = 2**28
+
+
+def pack(model: QuantizedModel) -> bytes:
+    """The file of `model`: `size_bytes(model.graph, model.candidate)` bytes.
+
+    Raises:
+        UsageError: the graph holds an argument that the format cannot.
+    """
+    storage = plan_storage(model.graph, model.candidate)
+    out = bytearray(MAGIC)
+    out.append(VERSION)
+    out += encode_graph(model.graph)
+    pairs = list(zip(model.graph.layers, storage.quants, strict=True))
+    for layer, quant in pairs:
+        mid_rise = model.layers[layer.name].mid_rise if quant else frozenset()
+        put_quant(out, quant, mid_rise)
+    put_varint(out, len(model.candidate.activations))
+    for edge, bit_width in model.candidate.activations:
+        activation = model.activations[edge]
+        assert activation.bit_width == bit_width, edge
+        put_activation(out, model.graph.index_of[edge], activation)
+    for layer, quant in pairs:
+        if quant is not None:
+            columns = storage.columns.get(layer.name)
+            put_layer(out, layer, quant, model.layers[layer.name], columns)
+    for param in storage.floats:
+        put_float(out, param, model.float_params[param.name])
+    out += _checksum(out)
+    data = header(len(out)) + bytes(out)
+    assert len(data) == size_bytes(model.graph, model.candidate)
+    return data
+
+
+def _checksum(data: bytes | bytearray | memoryview) -> bytes:
+    return hashlib.blake2b(data, digest_size=CHECKSUM_BYTES).digest()
+
+
+def read(data: bytes) -> QuantizedModel:
+    """The model in a packed file, every tensor in its full shape.
+
+    Names are those of `quant_ops.manifest.anonymous`. Codes of removed columns stand for zero.
+
+    Raises:
+        VerificationError: `data` is not an undamaged packed file.
+    """
+    reader = ByteReader(_payload(data))
+    if bytes(reader.take(len(MAGIC))) != MAGIC:
+        raise VerificationError("the file is not a packed model: it does not begin with its mark")
+    version = reader.byte()
+    if version != VERSION:
+        raise VerificationError(
+            f"the file has format version {version}, this program reads version {VERSION}; "
+            f"use a release that knows it"
+        )
+    graph = decode_graph(reader)
+    _require_reasonable(graph, len(data))
+    entries = [read_quant(reader, layer) for layer in graph.layers]
+    activations = [read_activation(reader, len(graph.nodes)) for _ in range(reader.count())]
+    if len({index for index, _ in activations}) < len(activations):
+        raise reader.fault("a value has two quantizers")
+    edges = {graph.nodes[index].name: activation for index, activation in activations}
+    storage = _storage(graph, [quant for quant, _ in entries], edges)
+    layers = {}
+    for layer, (quant, mid_rise) in zip(graph.layers, entries, strict=True):
+        if quant is not None:
+            columns = storage.columns.get(layer.name)
+            layers[layer.name] = read_layer(reader, layer, quant, mid_rise, columns)
+    floats = {param.name: read_float(reader, param) for param in storage.floats}
+    if reader.remaining:
+        raise reader.fault(f"{reader.remaining} bytes too many")
+    return QuantizedModel(graph, storage.candidate, layers, edges, floats)
+
+
+def _payload(data: bytes) -> memoryview:
+    n_header = PREFIX_BYTES + int.from_bytes(data[:PREFIX_BYTES], "little")
+    n_payload = len(data) - n_header
+    if n_payload <= CHECKSUM_BYTES or data[:n_header] != header(n_payload):
+        raise VerificationError(
+            f"the {len(data):,} bytes are not a packed model: a safetensors header of that length "
+            f"with one uint8 tensor 'bitfront' is missing; the file is cut short or of another kind"
+        )
+    payload = memoryview(data)[n_header:]
+    content, stored = payload[:-CHECKSUM_BYTES], payload[-CHECKSUM_BYTES:]
+    if _checksum(content) != stored:
+        raise VerificationError(
+            "the checksum of the packed model does not match its content; the file is damaged, "
+            "copy or export it again"
+        )
+    return content
+
+
+def _require_reasonable(graph: Graph, n_bytes: int) -> None:
+    elements = 0
+    for _, shape in graph.param_shapes:
+        elements += torch.Size(shape).numel()
+    channels = max((layer.out_channels for layer in graph.layers), default=0)
+    limit = max(_ALWAYS_ALLOWED_ELEMENTS, _MAX_ELEMENTS_PER_BYTE * n_bytes)
+    if elements > limit or channels > _MAX_CHANNELS:
+        raise VerificationError(
+            f"the file claims {elements:,} parameters and up to {channels:,} channels in "
+            f"{n_bytes:,} bytes; it is damaged"
+        )
+
+
+def _storage(
+    graph: Graph, quants: list[LayerQuant | None], edges: dict[str, ActivationQuant]
+) -> Storage:
+    layers = {
+        layer.name: quant
+        for layer, quant in zip(graph.layers, quants, strict=True)
+        if quant is not None
+    }
+    candidate = Candidate.of(layers, {edge: a.bit_width for edge, a in edges.items()})
+    try:
+        return plan_storage(graph, candidate)
+    except Exception as error:  # the removal plan follows a graph that anybody may have written
+        raise VerificationError(
+            f"the graph in the packed model contradicts itself ({type(error).__name__}); "
+            f"the file is damaged"
+        ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class PackedModel:
+    """A packed file in memory. Call it like the float model: inputs batch first, outputs a tuple.
+
+    Attributes:
+        data: the bytes of the file.
+        model: what they hold, every tensor in its full shape.
+    """
+
+    data: bytes
+    model: QuantizedModel
+
+    @classmethod
+    def from_model(cls, model: QuantizedModel) -> Self:
+        """Pack `model` and read it back."""
+        return cls.from_bytes(pack(model))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read a packed file that is in memory; raises VerificationError."""
+        return cls(data, read(data))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a packed file.
+
+        Raises:
+            UsageError: there is no such file, or it cannot be read.
+            VerificationError: it is not an undamaged packed file.
+        """
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise UsageError(
+                f"cannot read the packed model {path}: {error.strerror}; give the path of a file "
+                f"that `search export` or `search run` wrote"
+            ) from error
+        try:
+            return cls.from_bytes(data)
+        except VerificationError as error:
+            raise VerificationError(f"{path}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, read it back, compare; `path` holds the whole file or what it held.
+
+        Raises:
+            EnvironmentFault: the file cannot be written, or reads back differently.
+        """
+        _write_whole(Path(path), self.data)
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the file."""
+        return len(self.data)
+
+    @property
+    def digest(self) -> str:
+        """The stored checksum, 32 hexadecimal digits."""
+        return self.data[-CHECKSUM_BYTES:].hex()
+
+    def reduced(self) -> tuple[Graph, dict[str, Tensor]]:
+        """The network without its removed channels, and its parameters."""
+        return self._reduced
+
+    @cached_property
+    def _reduced(self) -> tuple[Graph, dict[str, Tensor]]:
+        params = self.model.params()
+        if not prunes(self.model.candidate):
+            return self.model.graph, params
+        return remove_absent(self.model.graph, self.model.candidate, params)
+
+    @cached_property
+    def _executor(self) -> Executor:
+        return Executor(self._reduced[0])
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Outputs in the order of the graph, activations fake-quantized where it says so.
+
+        Raises:
+            UsageError: inputs that do not fit the graph.
+            VerificationError: the stored graph cannot be executed.
+        """
+        graph = self.model.graph
+        wanted = [graph.nodes[i].shape[1:] for i in graph.input_nodes]
+        got = [tuple(x.shape[1:]) for x in inputs]
+        if len(got) != len(wanted):
+            raise UsageError(f"the model has {len(wanted)} inputs, {len(got)} were given")
+        try:
+            reduced, params = self._reduced
+            transforms = {
+                reduced.index_of[edge]: activation.fake_quantize
+                for edge, activation in self.model.activations.items()
+            }
+            return self._executor.run(params, inputs, transforms=transforms)[0]
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            if got != wanted:
+                raise UsageError(
+                    f"the model was captured with inputs of shape {wanted} for one sample, "
+                    f"{got} were given: {error}"
+                ) from error
+            raise VerificationError(f"the stored graph cannot be executed: {error}") from error
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if temporary.read_bytes() != data:
+            raise EnvironmentFault(
+                f"{path} was written but reads back differently; check the disk and try again"
+            )
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot write the packed model {path} ({len(data):,} bytes): {error.strerror}; free "
+            f"some space or choose a folder that can be written"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a packed file holds, as a JSON value, for `search verify`.
+
+    Raises:
+        UsageError, VerificationError: as `PackedModel.load`.
+    """
+    packed = PackedModel.load(path)
+    model = packed.model
+    channels: Counter[float] = Counter()
+    weights: Counter[float] = Counter()
+    for name, quantized in model.layers.items():
+        for width, n in Counter(quantized.bit_widths).items():
+            channels[width] += n
+            weights[width] += n * model.graph.layer_of[name].weights_per_channel
+    return {
+        "format": "bitfront-packed",
+        "version": VERSION,
+        "digest": packed.digest,
+        "size_bytes": packed.size_bytes,
+        "graph_bytes": len(encode_graph(model.graph)),
+        "float_bytes": sum(t.numel() * t.element_size() for t in model.float_params.values()),
+        "n_operators": len(model.graph.nodes),
+        "n_layers": len(model.graph.layers),
+        "n_quantized_layers": len(model.layers),
+        "channels_by_bit_width": {f"{width:g}": channels[width] for width in sorted(channels)},
+        "weights_by_bit_width": {f"{width:g}": weights[width] for width in sorted(weights)},
+        "activations_by_bit_width": {
+            str(width): n
+            for width, n in sorted(Counter(dict(model.candidate.activations).values()).items())
+        },
+    }
