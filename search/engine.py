@@ -19,7 +19,7 @@ from search.prepare import Prepared, prepare
 from search.record import JOURNAL, Record
 from search.runners.base import Runner
 from search.runners.in_process import InProcess
-from search.strategies.table import make_strategy
+from search.strategies.table import make_strategy, parse_settings
 from search.strategy import SearchOver
 from search.task import Task
 
@@ -213,6 +213,7 @@ def _make_runner(prepared: Prepared) -> Runner:
 def _run_strategies(context: RunContext, config: RunConfig) -> None:
     """One strategy after the other, each with an equal share of what is left."""
     started = time.monotonic()
+    settings = parse_settings(f"{key}={value}" for key, value in config.settings.items())
     used = 0
     for position, name in enumerate(config.strategies):
         n_left = len(config.strategies) - position
@@ -223,14 +224,9 @@ def _run_strategies(context: RunContext, config: RunConfig) -> None:
         if config.time_limit_s is not None:
             now = time.monotonic()
             deadline = now + (started + config.time_limit_s - now) / n_left
-        settings = {
-            key.removeprefix(f"{name}."): value
-            for key, value in config.settings.items()
-            if key.startswith(f"{name}.")
-        }
         context.begin(name, Limits(trials, deadline))
         with contextlib.suppress(SearchOver):
-            make_strategy(name, settings).run(context)
+            make_strategy(name, settings.get(name)).run(context)
         used += context.n_used
 
 

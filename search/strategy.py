@@ -25,6 +25,8 @@ class Context(Protocol):
         costs: cost-model name to model, for costs that need no evaluation.
         seed: all randomness of a strategy derives from it and the batch number.
         batch_size: how many candidates a batch should hold to keep the workers busy.
+        strategy: name under which evaluations are recorded; a strategy that is made of others
+            sets it to theirs.
     """
 
     space: SearchSpace
@@ -32,6 +34,7 @@ class Context(Protocol):
     costs: Mapping[str, CostModel]
     seed: int
     batch_size: int
+    strategy: str
 
     def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
         """Evaluate in parallel, record, answer in proposal order; known ones are not run again.

@@ -89,20 +89,13 @@ def tasks() -> int:
 def strategies(as_json: JsonOption = False) -> int:
     """The capability table of the search methods."""
     from search.strategies.table import capability_table
+    from search.tables import print_capabilities
 
     rows = capability_table()
     if as_json:
-        print(json.dumps(rows, indent=1))
-        return 0
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+        print(json.dumps([row.to_json() for row in rows], indent=1))
+    else:
+        print_capabilities(rows)
     return 0
 
 

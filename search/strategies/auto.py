@@ -44,13 +44,13 @@ class Auto(Strategy):
         memory = Memory()
         for name in OPENING:
             settings = {"points": self.settings.points} if name == "rate-distortion" else {}
-            make_strategy(name, settings).run(Share(context, memory, context.seed))
+            make_strategy(name, settings).run(Share(context, memory, context.seed, name))
         number = 0
         while not context.should_stop():
             before = len(memory.results)
             for name, batches in ROUNDS:
                 seed = int(np.random.SeedSequence([context.seed, number]).generate_state(1)[0])
-                share = Share(context, memory, seed, batches)
+                share = Share(context, memory, seed, name, batches)
                 make_strategy(name).run(share)
                 number += 1
             if len(memory.results) == before:
@@ -73,7 +73,12 @@ class Share:
     """
 
     def __init__(
-        self, context: Context, memory: Memory, seed: int, batches: int | None = None
+        self,
+        context: Context,
+        memory: Memory,
+        seed: int,
+        strategy: str,
+        batches: int | None = None,
     ) -> None:
         self._context = context
         self._memory = memory
@@ -83,6 +88,7 @@ class Share:
         self.budgets: Mapping[str, float] = context.budgets
         self.costs: Mapping[str, CostModel] = context.costs
         self.batch_size = context.batch_size
+        self.strategy = context.strategy = strategy
 
     def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
         evaluations = self._context.evaluate(candidates)
