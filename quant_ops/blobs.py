@@ -3,7 +3,6 @@
 `FORMAT.md`, sections 4 to 6, is normative.
 """
 
-import math
 import struct
 
 import numpy as np
@@ -37,7 +36,7 @@ _HAS_GROUP_SIZE = 16
 _MID_RISE = 16
 _SIGNED = 128
 _MAX_ACTIVATION_BITS = 16
-_NIBBLE = 16
+_MAX_SCALE = 2.0**64  # codes times scales stay finite in float32
 
 
 def put_quant(out: bytearray, quant: LayerQuant | None, mid_rise: frozenset[float]) -> None:
@@ -216,8 +215,10 @@ def _place(
     if columns is None:
         codes[rows] = stored
         return
-    full = codes[rows].reshape(len(stored), in_channels(layer), -1)
-    full[:, columns] = stored.reshape(len(stored), len(columns), -1)
+    n_in = in_channels(layer)
+    kernel = layer.weights_per_channel // n_in
+    full = codes[rows].reshape(len(stored), n_in, kernel)
+    full[:, columns] = stored.reshape(len(stored), len(columns), kernel)
     codes[rows] = full.reshape(len(stored), -1)
 
 
@@ -232,8 +233,8 @@ def _read_bias(reader: ByteReader, live: NDArray[np.bool_]) -> StoredBias:
 
 def _read_finite(reader: ByteReader) -> np.float32:
     (value,) = reader.unpack("<f")
-    if not (math.isfinite(value) and value > 0):
-        raise reader.fault(f"a scale is {value}, not a positive number")
+    if not 0 < value < _MAX_SCALE:
+        raise reader.fault(f"a scale is {value}, not a positive number below 2^64")
     return np.float32(value)
 
 

@@ -1,4 +1,5 @@
 import hashlib
+import math
 import os
 import random
 
@@ -19,7 +20,7 @@ from quant_ops.manifest import anonymous, decode_graph, encode_graph
 from quant_ops.packed import PackedModel, describe, pack, read, size_bytes
 from quant_ops.packed_size import header
 from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel, code_range
-from quant_ops.storage import plan_storage, scale_groups
+from quant_ops.storage import in_channels, plan_storage, scale_groups
 from quant_ops.stored import StoredBias, StoredScale
 from search.capture import trace
 
@@ -186,9 +187,9 @@ def assert_same_layer(storage, layer, mine, theirs):
     codes, read_codes = mine.codes[live], theirs.codes[live]
     columns = storage.columns.get(layer.name)
     if columns is not None:
-        n_in = layer.weights_per_channel // int(np.prod(layer.weight_shape[2:]))
-        codes = codes.reshape(live.sum(), n_in, -1)[:, columns]
-        read_codes = read_codes.reshape(live.sum(), n_in, -1)[:, columns]
+        shape = (live.sum(), in_channels(layer), math.prod(layer.weight_shape[2:]))
+        codes = codes.reshape(shape)[:, columns]
+        read_codes = read_codes.reshape(shape)[:, columns]
     assert np.array_equal(codes, read_codes)
     assert not theirs.codes[~live].any()
     assert np.array_equal(mine.channel_scales(), theirs.channel_scales())
