@@ -89,8 +89,9 @@ def read_quant(reader: ByteReader, layer: Layer) -> tuple[LayerQuant | None, fro
         (mask,) = struct.unpack("<H", reader.take(2))
         indices = (_read_runs if form == _RUNS else _read_nibbles)(reader, layer.out_channels)
         bit_widths = _widths(reader, indices)
-        if len(set(bit_widths)) == 1:
-            raise reader.fault("a map of different widths holds one width only")
+        shorter = _RUNS if run_bytes(bit_widths) < nibble_bytes(bit_widths) else _NIBBLES
+        if len(set(bit_widths)) == 1 or form != shorter:
+            raise reader.fault("a map of bit widths is not written in the shortest form")
     mid_rise = frozenset(w for i, w in enumerate(BIT_WIDTHS) if mask >> i & 1)
     if mask >> len(BIT_WIDTHS) or not mid_rise <= set(bit_widths):
         raise reader.fault("a half-step offset is set for a width that no channel has")
@@ -110,6 +111,8 @@ def _read_runs(reader: ByteReader, n_channels: int) -> list[int]:
 def _read_nibbles(reader: ByteReader, n_channels: int) -> list[int]:
     data = reader.take(-(-n_channels // 2))
     both = [index for byte in data for index in (byte & 15, byte >> 4)]
+    if any(both[n_channels:]):
+        raise reader.fault("the unused half byte of a width map is not 0")
     return both[:n_channels]
 
 
