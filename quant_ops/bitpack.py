@@ -45,7 +45,7 @@ def unpack_bits(data: bytes | memoryview, bit_width: float, n_codes: int) -> NDA
 
     Raises:
         ValueError: `data` is not as long as `n_codes` codes are.
-        VerificationError: a byte above 242 where trits are stored.
+        VerificationError: a byte above 242 where trits are stored, or unused bits that are not 0.
     """
     expected = code_bytes(bit_width, n_codes)
     if len(data) != expected:
@@ -58,7 +58,7 @@ def unpack_bits(data: bytes | memoryview, bit_width: float, n_codes: int) -> NDA
     if bit_width == TERNARY:
         if stream.max(initial=0) > _LARGEST_TRIT_BYTE:
             raise VerificationError("a byte of ternary codes is above 242; the file is damaged")
-        return _TRITS[stream].reshape(-1)[:n_codes]
+        return _without_rest(_TRITS[stream].reshape(-1), n_codes)
     b = int(bit_width)
     padded = np.zeros((-(-n_codes // _PER_WORD), 8), np.uint8)
     whole, rest = divmod(stream.size, b)
@@ -70,4 +70,10 @@ def unpack_bits(data: bytes | memoryview, bit_width: float, n_codes: int) -> NDA
     mask = np.uint64(2**b - 1)
     for position in range(_PER_WORD):
         codes[:, position] = (words >> np.uint64(position * b)) & mask
-    return codes.reshape(-1)[:n_codes]
+    return _without_rest(codes.reshape(-1), n_codes)
+
+
+def _without_rest(codes: NDArray[np.uint8], n_codes: int) -> NDArray[np.uint8]:
+    if codes[n_codes:].any():
+        raise VerificationError("unused bits after packed codes are not 0; the file is damaged")
+    return codes[:n_codes]

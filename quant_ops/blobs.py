@@ -3,7 +3,6 @@
 `FORMAT.md`, sections 4 to 6, is normative.
 """
 
-import math
 import struct
 
 import numpy as np
@@ -37,7 +36,7 @@ _HAS_GROUP_SIZE = 16
 _MID_RISE = 16
 _SIGNED = 128
 _MAX_ACTIVATION_BITS = 16
-_NIBBLE = 16
+_MAX_SCALE = 2.0**64  # codes times scales stay finite in float32
 
 
 def put_quant(out: bytearray, quant: LayerQuant | None, mid_rise: frozenset[float]) -> None:
@@ -90,8 +89,9 @@ def read_quant(reader: ByteReader, layer: Layer) -> tuple[LayerQuant | None, fro
         (mask,) = struct.unpack("<H", reader.take(2))
         indices = (_read_runs if form == _RUNS else _read_nibbles)(reader, layer.out_channels)
         bit_widths = _widths(reader, indices)
-        if len(set(bit_widths)) == 1:
-            raise reader.fault("a map of different widths holds one width only")
+        shorter = _RUNS if run_bytes(bit_widths) < nibble_bytes(bit_widths) else _NIBBLES
+        if len(set(bit_widths)) == 1 or form != shorter:
+            raise reader.fault("a map of bit widths is not written in the shortest form")
     mid_rise = frozenset(w for i, w in enumerate(BIT_WIDTHS) if mask >> i & 1)
     if mask >> len(BIT_WIDTHS) or not mid_rise <= set(bit_widths):
         raise reader.fault("a half-step offset is set for a width that no channel has")
@@ -111,6 +111,8 @@ def _read_runs(reader: ByteReader, n_channels: int) -> list[int]:
 def _read_nibbles(reader: ByteReader, n_channels: int) -> list[int]:
     data = reader.take(-(-n_channels // 2))
     both = [index for byte in data for index in (byte & 15, byte >> 4)]
+    if any(both[n_channels:]):
+        raise reader.fault("the unused half byte of a width map is not 0")
     return both[:n_channels]
 
 
@@ -216,8 +218,10 @@ def _place(
     if columns is None:
         codes[rows] = stored
         return
-    full = codes[rows].reshape(len(stored), in_channels(layer), -1)
-    full[:, columns] = stored.reshape(len(stored), len(columns), -1)
+    n_in = in_channels(layer)
+    kernel = layer.weights_per_channel // n_in
+    full = codes[rows].reshape(len(stored), n_in, kernel)
+    full[:, columns] = stored.reshape(len(stored), len(columns), kernel)
     codes[rows] = full.reshape(len(stored), -1)
 
 
@@ -232,8 +236,8 @@ def _read_bias(reader: ByteReader, live: NDArray[np.bool_]) -> StoredBias:
 
 def _read_finite(reader: ByteReader) -> np.float32:
     (value,) = reader.unpack("<f")
-    if not (math.isfinite(value) and value > 0):
-        raise reader.fault(f"a scale is {value}, not a positive number")
+    if not 0 < value < _MAX_SCALE:
+        raise reader.fault(f"a scale is {value}, not a positive number below 2^64")
     return np.float32(value)
 
 

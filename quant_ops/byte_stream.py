@@ -54,6 +54,10 @@ class ByteReader:
         self.position += n_bytes
         return self._data[self.position - n_bytes : self.position]
 
+    def since(self, position: int) -> memoryview:
+        """The bytes read from `position` on."""
+        return self._data[position : self.position]
+
     def byte(self) -> int:
         """One unsigned byte."""
         return self.take(1)[0]

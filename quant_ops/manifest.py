@@ -198,7 +198,11 @@ def decode_graph(reader: ByteReader) -> Graph:
     Raises:
         VerificationError: bytes that are not a graph of the closed list of operators.
     """
-    return _GraphReader(reader).read()
+    start = reader.position
+    graph = _GraphReader(reader).read()
+    if encode_graph(graph) != reader.since(start):
+        raise reader.fault("the graph is not written in the shortest form")
+    return graph
 
 
 class _GraphReader:

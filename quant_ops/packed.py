@@ -45,6 +45,9 @@ from quant_ops.storage import Storage, plan_storage, prunes, remove_absent
 
 __all__ = ["PackedModel", "describe", "pack", "read", "size_bytes"]
 
+_EXECUTION_ERRORS = (
+    RuntimeError, TypeError, ValueError, LookupError, AttributeError, MemoryError
+)  # fmt: skip
 _MAX_CHANNELS = 2**24
 _MAX_ELEMENTS_PER_BYTE = 1024
 _ALWAYS_ALLOWED_ELEMENTS = 2**28
@@ -264,7 +267,7 @@ class PackedModel:
                 for edge, activation in self.model.activations.items()
             }
             return self._executor.run(params, inputs, transforms=transforms)[0]
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except _EXECUTION_ERRORS as error:
             if got != wanted:
                 raise UsageError(
                     f"the model was captured with inputs of shape {wanted} for one sample, "

@@ -17,33 +17,7 @@ from quant_ops.byte_stream import varint_bytes
 from quant_ops.candidate import Candidate, LayerQuant
 from quant_ops.graph import Graph, Layer, Params, Shape
 from quant_ops.manifest import param_order
-
-try:
-    from quant_ops.removal import (  # type: ignore[import-not-found, unused-ignore]
-        Removal,
-        plan_removal,
-        remove_channels,
-    )
-except ImportError:
-
-    @dataclass(frozen=True)
-    class Removal:  # type: ignore[no-redef]
-        """Nothing is removed."""
-
-        rows: Mapping[str, NDArray[np.intp]]
-        columns: Mapping[str, NDArray[np.intp]]
-        params: Mapping[str, tuple[int, NDArray[np.intp]]]
-
-    def plan_removal(graph: Graph, candidate: Candidate) -> Removal:
-        """Nothing is removed."""
-        return Removal({}, {}, {})
-
-    def remove_channels(
-        graph: Graph, params: Params, removal: Removal
-    ) -> tuple[Graph, dict[str, Tensor]]:
-        """Nothing is removed."""
-        return graph, dict(params)
-
+from quant_ops.removal import plan_removal, remove_channels
 
 FLOAT32_BYTES = 4
 BIAS_BYTES = 2
@@ -219,6 +193,4 @@ def remove_absent(
     graph: Graph, candidate: Candidate, params: Params
 ) -> tuple[Graph, dict[str, Tensor]]:
     """The network without the channels that a file of `candidate` does not hold."""
-    reduced: tuple[Graph, dict[str, Tensor]]
-    reduced = remove_channels(graph, params, plan_removal(graph, candidate))
-    return reduced
+    return remove_channels(graph, params, plan_removal(graph, candidate))

@@ -56,6 +56,14 @@ def test_a_byte_that_is_not_five_trits_is_refused(byte):
         unpack_bits(bytes([byte]), 1.6, 5)
 
 
+@pytest.mark.parametrize("bit_width", [b for b in STORED if b != 8])
+def test_unused_bits_that_are_set_are_refused(bit_width):
+    packed = bytearray(pack_bits(np.zeros(9, np.uint8), bit_width))
+    packed[-1] |= 128
+    with pytest.raises(VerificationError, match="unused bits"):
+        unpack_bits(bytes(packed), bit_width, 9)
+
+
 @pytest.mark.parametrize(("n_bytes", "n_codes"), [(4, 8), (2, 8), (0, 1)])
 def test_a_wrong_length_is_refused(n_bytes, n_codes):
     with pytest.raises(ValueError, match="fill"):
