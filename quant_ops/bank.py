@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quant_ops.calibration import Calibration, choose_activation_quant
 from quant_ops.candidate import Candidate, LayerQuant
+from quant_ops.channels import live_inputs
 from quant_ops.correction import corrected_bias, spread_factor
 from quant_ops.graph import Graph, Layer, Params
 from quant_ops.layout import to_canonical
@@ -296,10 +297,6 @@ class WeightBank:
     def _live_inputs(self, candidate: Candidate) -> dict[str, LiveMask]:
         if not any(0 in quant.bit_widths for _, quant in candidate.layers):
             return {}
-        from quant_ops.channels import (  # type: ignore[import-not-found, unused-ignore]
-            live_inputs,
-        )
-
         return dict(live_inputs(self.graph, candidate))
 
 

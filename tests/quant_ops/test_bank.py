@@ -52,12 +52,6 @@ def bank(**settings):
     return WeightBank(TRACED.graph, TRACED.params, CALIBRATION, **settings)
 
 
-@pytest.fixture(autouse=True)
-def _no_removal(monkeypatch):
-    """Which inputs are dead is decided elsewhere; here all are alive."""
-    monkeypatch.setattr(WeightBank, "_live_inputs", lambda self, candidate: {})
-
-
 def layer_quants(out_channels):
     width = st.sampled_from(BIT_WIDTHS)
     widths = width.map(lambda w: (w,)) | st.lists(

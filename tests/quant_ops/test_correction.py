@@ -87,10 +87,9 @@ def test_spread_correction_moves_scales_not_codes(network):
 
 @pytest.mark.parametrize("activations", [{}, {"relu": 4, "relu_1": 4, "input": 8}])
 @pytest.mark.parametrize("widths", [2, 3, LayerQuant((4, 2, 0, 3, 3, 2, 1, 1.6))])
-def test_reestimation_restores_means_and_spreads(network, widths, activations, monkeypatch):
+def test_reestimation_restores_means_and_spreads(network, widths, activations):
     traced, calibration, x = network
     bank = WeightBank(traced.graph, traced.params, calibration, bias_correction=False)
-    monkeypatch.setattr(bank, "_live_inputs", lambda candidate: {})
     candidate = Candidate.of({"0": widths, "3": widths, "6": 3, "10": 4}, activations)
     before = bank.quantize(candidate)
     after = reestimate_norms(before, calibration, [((x,), None)])
