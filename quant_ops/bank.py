@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from quant_ops.calibration import Calibration, choose_activation_quant
 from quant_ops.candidate import Candidate, LayerQuant
-from quant_ops.correction import corrected_bias
+from quant_ops.channels import live_inputs
+from quant_ops.correction import corrected_bias, spread_factor
 from quant_ops.graph import Graph, Layer, Params
 from quant_ops.layout import to_canonical
 from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel
@@ -55,6 +56,7 @@ class WeightBank:
             and the choice between schemes is not weighted by the layer's input.
         range_setter: a name in `quant_ops.ranges.RANGE_SETTERS`.
         bias_correction: absorb the mean output error of each channel in its bias.
+        spread_correction: stretch the scales such that each row keeps its spread [Banner2019].
         memory_bytes: what all caches together may hold.
     """
 
@@ -66,6 +68,7 @@ class WeightBank:
         *,
         range_setter: str = "mse",
         bias_correction: bool = True,
+        spread_correction: bool = False,
         memory_bytes: int = 1 << 30,
     ) -> None:
         if range_setter not in RANGE_SETTERS:
@@ -75,6 +78,7 @@ class WeightBank:
         self.calibration = calibration
         self._range_setter = range_setter
         self._bias_correction = bias_correction and calibration is not None
+        self._spread_correction = spread_correction
         self._cache = _ByteCache(memory_bytes)
         self._activations: dict[tuple[str, int], ActivationQuant] = {}
 
@@ -145,6 +149,8 @@ class WeightBank:
         widths = np.asarray(bit_widths)
         present = sorted(set(bit_widths) - {0})
         uniform = {w: self._uniform(layer, w, quant.scheme, quant.group_size) for w in present}
+        if quant.uniform:
+            return self._whole(layer, quant.uniform, uniform[quant.uniform], live_inputs)
         codes = np.zeros((layer.out_channels, layer.weights_per_channel), np.int16)
         zeros: NDArray[np.int16] | None = None
         if quant.scheme == "affine":
@@ -159,9 +165,22 @@ class WeightBank:
             w: StoredScale(u.scale.base, u.scale.ratio[widths == w]) for w, u in uniform.items()
         }
         mid_rise = frozenset(w for w, u in uniform.items() if u.mid_rise)
-        without = QuantizedLayer(bit_widths, codes, scales, mid_rise, zeros, None)
-        bias = self._bias(layer, without, live_inputs)
-        return QuantizedLayer(bit_widths, codes, scales, mid_rise, zeros, bias)
+        assembled = QuantizedLayer(bit_widths, codes, scales, mid_rise, zeros, None)
+        return replace(assembled, bias=self._bias(layer, assembled, live_inputs))
+
+    def _whole(
+        self, layer: Layer, bit_width: float, rows: _UniformRows, live_inputs: LiveMask | None
+    ) -> QuantizedLayer:
+        """A layer of one width shares the cached arrays."""
+        quantized = QuantizedLayer(
+            (bit_width,) * layer.out_channels,
+            rows.codes,
+            {bit_width: rows.scale},
+            frozenset({bit_width} if rows.mid_rise else ()),
+            rows.zero_points,
+            None,
+        )
+        return replace(quantized, bias=self._bias(layer, quantized, live_inputs))
 
     def _bias(
         self, layer: Layer, quantized: QuantizedLayer, live_inputs: LiveMask | None
@@ -209,6 +228,10 @@ class WeightBank:
             )
         chosen, levels, scale = self._choose(layer, rows, bit_width, scheme, group_size, zero)
         codes = nearest_codes(rows, torch.from_numpy(scale.values)[:, None], levels)
+        if self._spread_correction:
+            before = torch.from_numpy(scale.values)
+            factor = spread_factor(rows, (codes + levels.offset) * before[:, None])
+            scale = StoredScale.nearest((before * factor).numpy())
         if zero is not None:
             codes = codes + zero.to(torch.int16)
         shape = (layer.out_channels, -1)
@@ -274,10 +297,6 @@ class WeightBank:
     def _live_inputs(self, candidate: Candidate) -> dict[str, LiveMask]:
         if not any(0 in quant.bit_widths for _, quant in candidate.layers):
             return {}
-        from quant_ops.channels import (  # type: ignore[import-not-found, unused-ignore]
-            live_inputs,
-        )
-
         return dict(live_inputs(self.graph, candidate))
 
 

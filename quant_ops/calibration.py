@@ -133,8 +133,8 @@ class _Observers:
         self._graph = graph
         self._params = params
         self._layers = [x for x in graph.layers if x.searchable and x.kind != "embedding"]
-        self._inputs = {x.name: _ChannelSums() for x in self._layers}
-        self._outputs = {x.name: _ChannelSums() for x in self._layers}
+        self._inputs = {x.name: ChannelSums() for x in self._layers}
+        self._outputs = {x.name: ChannelSums() for x in self._layers}
         self._maps: dict[tuple[str, int], dict[tuple[int, ...], tuple[Tensor, int]]] = {}
         self._edges = {
             (name, index): _Histogram()
@@ -163,7 +163,7 @@ class _Observers:
             maps = self._maps[layer.name, site]
             shape = tuple(x.shape[1:])
             total, count = maps.get(shape, (torch.zeros(shape, dtype=torch.float64), 0))
-            maps[shape] = (total + x.sum(dim=0, dtype=torch.float64), count + x.shape[0])
+            maps[shape] = (total + x.sum(dim=0), count + x.shape[0])
 
         source = self._graph.nodes[site].args[0]
         if isinstance(source, Ref):
@@ -219,18 +219,20 @@ def _observe(functions: Sequence[Callable[[Tensor], None]]) -> Transform:
     return look
 
 
-class _ChannelSums:
-    """Sum and sum of squares per channel, in float64."""
+class ChannelSums:
+    """Sum and sum of squares per channel; axis 1, or -1 for a linear layer."""
 
     def __init__(self) -> None:
         self._sum = self._square = torch.zeros(())
         self._count = 0
 
     def add(self, x: Tensor, axis: int) -> None:
-        rows = x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x[:, None]
-        self._sum = self._sum + rows.sum(dim=1, dtype=torch.float64)
-        self._square = self._square + rows.square().sum(dim=1, dtype=torch.float64)
-        self._count += rows.shape[1]
+        # Float32 over the positions of one sample, float64 over samples: exact enough and fast.
+        per_sample = x.reshape(-1, x.shape[-1], 1) if axis == -1 else x.flatten(2)
+        self._sum = self._sum + per_sample.sum(dim=2).sum(dim=0, dtype=torch.float64)
+        squares = per_sample.square().sum(dim=2)
+        self._square = self._square + squares.sum(dim=0, dtype=torch.float64)
+        self._count += x.numel() // x.shape[axis]
 
     def mean(self) -> Tensor:
         return self._sum / max(self._count, 1)
@@ -257,7 +259,7 @@ class _Histogram:
         flat = x.detach().flatten().float()
         low, high = (float(v) for v in flat.aminmax())
         self._minimum, self._maximum = min(self._minimum, low), max(self._maximum, high)
-        self._sum += float(flat.sum(dtype=torch.float64))
+        self._sum += float(flat.sum())
         self._count += flat.numel()
         while max(-low, high) > self._limit and self._limit < 2.0**120:
             self._double()
@@ -297,7 +299,7 @@ def choose_activation_quant(
     top = 2**bit_width - 1
     negative = round(top * -low / (high - low)) if high > low else 0  # levels below 0
     levels = Levels(-negative, top - negative, 0.0)
-    if setter == "minmax":
+    if setter == "minmax" or high == low:
         values, counts = torch.tensor([[low, high]]), None
     else:
         seen = edge.histogram > 0

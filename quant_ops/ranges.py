@@ -16,7 +16,7 @@ from quant_ops.stored import StoredScale, ratio_values
 RangeSetter = Callable[[Tensor, Levels, Tensor | None], Tensor]
 
 PERCENTILE = 0.999
-_COARSE = 12
+_COARSE = 16
 _FINE = (-0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75)  # of a coarse step
 _TWN_THRESHOLD = 0.7
 
