@@ -124,9 +124,9 @@ class Rescale:
             )
         half = (np.int64(1) << shift) >> 1
         return cls(
-            tuple(m.astype(np.int64) for m in multipliers),
-            offset.astype(np.int64) + half,
-            shift,
+            tuple(np.asarray(m, np.int64) for m in multipliers),
+            np.asarray(np.asarray(offset, np.int64) + half),
+            np.asarray(shift),
             codes.zero_point,
             codes.low,
             codes.high,
