@@ -1,10 +1,10 @@
 """The search engine and the command.
 
-    import search
+import search
 
-    front = search.run(task, budget="4MB")
-    model = front.best("2MB")
-    front.plot()
+front = search.run(task, budget="4MB")
+model = front.best("2MB")
+front.plot()
 """
 
 from typing import TYPE_CHECKING, Any

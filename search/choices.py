@@ -77,9 +77,7 @@ def _layer_choice(
     zero = target.removes_channels and (bypassed or bool(groups))
     if layer.name in pins:
         return LayerChoice(layer.name, (_pinned(layer, pins[layer.name], legal, bypassed),))
-    widths = tuple(
-        sorted(b for b in set(asked) if b in legal and (b != 0 or zero))
-    )
+    widths = tuple(sorted(b for b in set(asked) if b in legal and (b != 0 or zero)))
     if not widths:
         raise UsageError(
             f"layer {layer.name!r} may have {_list(legal)} bits on target {target.name!r}, "
@@ -109,9 +107,7 @@ def _groups(layer: Layer, granularity: str) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(range(i, min(i + size, n))) for i in range(0, n, size))
 
 
-def _edges(
-    graph: Graph, config: RunConfig, target: TargetCapabilities
-) -> tuple[EdgeChoice, ...]:
+def _edges(graph: Graph, config: RunConfig, target: TargetCapabilities) -> tuple[EdgeChoice, ...]:
     widths = config.activation_bits or target.activation_bits
     if not widths:
         return ()

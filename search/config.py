@@ -66,7 +66,10 @@ class RunConfig:
         unknown = set(value) - known
         if unknown:
             raise UsageError(f"the run's config.json holds unknown settings {sorted(unknown)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+        settings: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
+        }
+        return cls(**settings)
 
 
 def environment() -> dict[str, str]:

@@ -112,9 +112,6 @@ def _merge(batches: Sequence[Batch]) -> Batch | None:
     if len(shapes) > 1 or not all(_is_cuttable(t, batch_size(i)) for i, t in batches):
         return None
     targets = [target for _, target in batches]
-    if any(t is None for t in targets):
-        target = None
-    else:
-        target = torch.cat(targets)
+    target = None if any(t is None for t in targets) else torch.cat(targets)
     n_inputs = len(batches[0][0])
     return tuple(torch.cat([inputs[i] for inputs, _ in batches]) for i in range(n_inputs)), target

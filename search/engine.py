@@ -2,8 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,9 +12,11 @@ from quant_ops.errors import BudgetError, EnvironmentFault, UsageError
 from search.budget import Budgets, format_cost
 from search.config import RunConfig, read_config, write_config
 from search.context import Limits, Listener, RunContext
-from search.evaluation import Evaluation, within
-from search.finish import Checked, check_trials
-from search.front import ParetoFront
+from search.dominance import HypervolumeScale
+from search.evaluation import within
+from search.finish import Checked, check_trials, packed_path
+from search.front import BASELINES, FrontInfo, ParetoFront
+from search.plots import save_plots, thinned
 from search.prepare import Prepared, prepare
 from search.record import JOURNAL, Record
 from search.runners.base import Runner
@@ -24,7 +26,6 @@ from search.strategy import SearchOver
 from search.task import Task
 
 CHECKED = "checked"  # fact beside a trial: quality of the re-read file on all of validation
-BASELINES = ("uniform", "rate-distortion")
 RESOLVE_TRIALS = 24  # evaluations spent on a new question put to a finished run
 MAX_CHECKED = 48  # packed files written at the end of a run
 
@@ -35,7 +36,6 @@ class Finished:
 
     folder: Path
     front: ParetoFront
-    baselines: tuple[Evaluation, ...]
     prepared: Prepared
     interrupted: bool
 
@@ -64,12 +64,13 @@ def run_search(
     listener = listener or Listener()
     listener.on_phase("capturing the model")
     prepared = prepare(task, config)
-    budgets = Budgets.parse(config.budgets).limits
+    asked = Budgets.parse(config.budgets)
+    budgets = asked.limits
     require_reachable(prepared, budgets)
     asked_before = _claim_folder(prepared, folder, resume)
     record = _open_record(prepared, folder)
     listener.on_phase("measuring the float model")
-    prepared.evaluator.measure_float("search")
+    prepared.evaluator.judge("search")
     runner = _make_runner(prepared)
     started = time.monotonic()
     interrupted = False
@@ -95,8 +96,8 @@ def run_search(
         runner.close()
     listener.on_phase("packing and checking the front")
     seconds = time.monotonic() - started
-    front, baselines = finish(prepared, record, folder, budgets, seconds, listener)
-    return Finished(folder, front, baselines, prepared, interrupted)
+    front = finish(prepared, record, folder, asked, seconds, listener)
+    return Finished(folder, front, prepared, interrupted)
 
 
 def require_reachable(prepared: Prepared, budgets: Mapping[str, float]) -> None:
@@ -124,22 +125,20 @@ def finish(
     prepared: Prepared,
     record: Record,
     folder: Path,
-    budgets: Mapping[str, float],
+    budgets: Budgets,
     seconds: float,
     listener: Listener,
-) -> tuple[ParetoFront, tuple[Evaluation, ...]]:
-    """Pack and check the points of the front and the baselines; write front.json and plots."""
-    evaluations = [
-        e for e in record.evaluations() if not e.pruned and prepared.space.contains(e.candidate)
-    ]
-    searched = ParetoFront.of(evaluations, budgets)
-    points = _thinned(searched.points, MAX_CHECKED)
-    baselines = [e for e in evaluations if e.strategy in BASELINES and not e.recipe]
-    shown = [e for e in baselines if within(budgets, e.costs)]
-    shown = [e for e in shown if e.strategy == "uniform"] + list(
-        _thinned(ParetoFront.of([e for e in shown if e.strategy != "uniform"], {}).points, 24)
-    )
-    wanted = list({e.trial: e for e in [*points, *shown]}.values())
+) -> ParetoFront:
+    """Pack, re-read and measure the front and the baselines; write front.json and the plots.
+
+    The front that is written holds what the re-read files do on the whole validation split.
+    """
+    info = front_info(prepared, budgets)
+    evaluations = [e for e in record.evaluations() if prepared.space.contains(e.candidate)]
+    searched = ParetoFront.of(evaluations, info)
+    limits = budgets.limits
+    baselines = [e for e in searched.baselines if within(limits, e.costs)]
+    wanted = {e.trial: e for e in (*thinned(searched.points, MAX_CHECKED), *baselines)}
     known = {t: Checked(**fact) for t, fact in record.facts(CHECKED).items()}
 
     def keep(checked: Checked) -> None:
@@ -147,20 +146,36 @@ def finish(
         known[checked.trial] = checked
         listener.on_step(len(known), len(wanted), f"checked trial {checked.trial}")
 
-    results = check_trials(prepared, wanted, folder, known=tuple(known.values()), on_checked=keep)
-    checked = {e.trial: e for e in results}
-    front = ParetoFront.of(list(checked.values()), budgets)
-    final_baselines = tuple(checked[e.trial] for e in shown)
-    write_front(prepared, record, folder, front, final_baselines, budgets, seconds)
-    return front, final_baselines
+    results = check_trials(
+        prepared, list(wanted.values()), folder, known=tuple(known.values()), on_checked=keep
+    )
+    front = ParetoFront.of(
+        results, info, weights_per_channel=prepared.space.weights_per_channel(), seconds=seconds
+    )
+    paths = {e.trial: str(packed_path(folder, e.trial).relative_to(folder)) for e in results}
+    front = replace(front.with_packed(paths), n_evaluations=len(evaluations))
+    front.save(folder / "front.json")
+    save_plots(front, folder, evaluations=evaluations)
+    return front
 
 
-def _thinned(points: Sequence[Evaluation], most: int) -> list[Evaluation]:
-    """At most `most` points, evenly spread over their order, both ends kept."""
-    if len(points) <= most:
-        return list(points)
-    step = (len(points) - 1) / (most - 1)
-    return [points[round(i * step)] for i in range(most)]
+def front_info(prepared: Prepared, budgets: Budgets) -> FrontInfo:
+    """What the front of a run says about its task."""
+    task, evaluator = prepared.task, prepared.evaluator
+    smallest, eight = prepared.space.smallest(), prepared.space.uniform(8)
+    cost = prepared.costs["size_bytes"].cost
+    low, high = (int(cost(prepared.traced.graph, c)) for c in (smallest, eight))
+    return FrontInfo(
+        task=task.name,
+        metric=task.metric.name,
+        higher_is_better=task.metric.higher_is_better,
+        percent=task.metric.percent,
+        n_validation=prepared.spec.splits["validation"].n_samples,
+        float_validation=evaluator.measure_float(evaluator.judge("validation")).metric,
+        float_size_bytes=prepared.traced.float_bytes,
+        scale=HypervolumeScale(low, max(high, low + 1), prepared.worst_loss()),
+        budgets=budgets,
+    )
 
 
 def _claim_folder(prepared: Prepared, folder: Path, resume: bool) -> RunConfig | None:
@@ -172,8 +187,9 @@ def _claim_folder(prepared: Prepared, folder: Path, resume: bool) -> RunConfig |
         for what, digest in prepared.digests.items():
             if stored["digests"].get(what) != digest:
                 raise UsageError(
-                    f"{folder} holds a run of another {what} (digest {stored['digests'].get(what)}, "
-                    f"now {digest}); start a new run without --resume"
+                    f"{folder} holds a run of another {what}: its digest was "
+                    f"{stored['digests'].get(what)}, now it is {digest}; start a new run without "
+                    f"--resume"
                 )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
@@ -205,9 +221,7 @@ def _make_runner(prepared: Prepared) -> Runner:
 
     n_workers = max(1, config.workers)
     threads = config.threads or max(1, torch.get_num_threads() // n_workers)
-    return Cluster(
-        prepared.spec, n_workers=n_workers, address=config.ray_address, threads=threads
-    )
+    return Cluster(prepared.spec, n_workers=n_workers, address=config.ray_address, threads=threads)
 
 
 def _run_strategies(context: RunContext, config: RunConfig) -> None:

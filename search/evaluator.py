@@ -20,9 +20,8 @@ from quant_ops.quantized import ActivationQuant, QuantizedModel
 from search.capture import Traced
 from search.data import Split
 from search.evaluation import Evaluation
+from search.quality import QualityLoss, agreement
 from search.task import Metric
-
-QualityLoss = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,15 @@ class Measurement:
 
 
 class Judge:
-    """Compares outputs on one split with those of the float model and with the labels."""
+    """Compares outputs on one split with those of the float model and with the labels.
+
+    Args:
+        split: inputs and labels.
+        float_outputs: of the float model, one tree per batch.
+        quality_loss: (outputs, reference) -> (batch,).
+        by_target: the reference is the label, not the float model's output.
+        metric: the task's.
+    """
 
     def __init__(
         self,
@@ -47,11 +54,13 @@ class Judge:
         float_outputs: Sequence[Any],
         *,
         quality_loss: QualityLoss,
+        by_target: bool,
         metric: Metric,
     ) -> None:
         self.split = split
         self.float_outputs = float_outputs
         self._quality_loss = quality_loss
+        self._by_target = by_target
         self._metric = metric
 
     def measure(self, run: Callable[[tuple[Tensor, ...]], Any]) -> Measurement:
@@ -60,18 +69,15 @@ class Judge:
         scores: list[Tensor] = []
         same: list[Tensor] = []
         outputs_seen: list[Any] = []
-        for (inputs, target), reference in zip(
-            self.split.batches, self.float_outputs, strict=True
-        ):
+        for (inputs, target), reference in zip(self.split.batches, self.float_outputs, strict=True):
             outputs = run(inputs)
-            losses.append(self._quality_loss(outputs, reference).double())
+            losses.append(self._quality_loss(outputs, target if self._by_target else reference))
             if target is not None and self._metric.per_sample:
                 scores.append(torch.as_tensor(self._metric.function(outputs, target)).double())
             elif target is not None:
                 outputs_seen.append(outputs)
-            agree = top1_agreement(outputs, reference)
-            if agree is not None:
-                same.append(agree)
+            if _are_logits(reference):
+                same.append(agreement(outputs, reference))
         loss = torch.cat(losses)
         mean = float(loss.mean())
         spread = float(loss.std()) / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
@@ -79,7 +85,7 @@ class Judge:
             loss=mean if math.isfinite(mean) else math.inf,
             loss_stderr=spread if math.isfinite(spread) else math.inf,
             metric=self._score(scores, outputs_seen),
-            agreement=float(torch.cat(same).double().mean()) if same else None,
+            agreement=float(torch.cat(same).mean()) if same else None,
         )
 
     def _score(self, scores: Sequence[Tensor], outputs: Sequence[Any]) -> float | None:
@@ -91,6 +97,10 @@ class Judge:
         joined = pytree.tree_map(lambda *leaves: torch.cat(leaves), *outputs)
         whole = torch.cat(targets) if isinstance(targets[0], Tensor) else targets
         return float(self._metric.function(joined, whole))
+
+
+def _are_logits(outputs: Any) -> bool:
+    return isinstance(outputs, Tensor) and outputs.dim() >= 2 and outputs.is_floating_point()
 
 
 class Evaluator:
@@ -111,6 +121,7 @@ class Evaluator:
         splits: Mapping[str, Split],
         *,
         quality_loss: QualityLoss,
+        by_target: bool,
         metric: Metric,
         costs: Mapping[str, CostModel],
     ) -> None:
@@ -120,22 +131,30 @@ class Evaluator:
         self._executor = Executor(traced.graph)
         self._splits = splits
         self._quality_loss = quality_loss
+        self._by_target = by_target
         self._metric = metric
         self._judges: dict[str, Judge] = {}
 
     def judge(self, split: str) -> Judge:
         """The judge of a split; its float outputs are computed at the first call."""
         if split not in self._judges:
-            data = self._splits[split]
-            outputs = [self._run(self.traced.params, {}, inputs) for inputs in data.inputs()]
-            self._judges[split] = Judge(
-                data, outputs, quality_loss=self._quality_loss, metric=self._metric
-            )
+            self._judges[split] = self.new_judge(self._splits[split])
         return self._judges[split]
 
-    def measure_float(self, split: str) -> Measurement:
-        """The float network on a split: loss 0 up to rounding, and its metric."""
-        return self.judge(split).measure(lambda x: self._run(self.traced.params, {}, x))
+    def new_judge(self, data: Split) -> Judge:
+        """A judge of other data than the evaluator's own splits."""
+        outputs = [self._run(self.traced.params, {}, inputs) for inputs in data.inputs()]
+        return Judge(
+            data,
+            outputs,
+            quality_loss=self._quality_loss,
+            by_target=self._by_target,
+            metric=self._metric,
+        )
+
+    def measure_float(self, judge: Judge) -> Measurement:
+        """The float network: loss 0 up to rounding, and its metric."""
+        return judge.measure(lambda x: self._run(self.traced.params, {}, x))
 
     def measure(self, candidate: Candidate, split: str = "search") -> Measurement:
         """Quality of a candidate; a layer or edge that it does not name stays float."""
@@ -179,4 +198,3 @@ class Evaluator:
     ) -> Any:
         outputs, _ = self._executor.run(params, inputs, transforms=transforms)
         return pytree.tree_unflatten(list(outputs), self.traced.out_spec)
-

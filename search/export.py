@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant_ops.errors import UsageError
+from quant_ops.errors import NothingFeasibleError, UsageError
 from quant_ops.packed import PackedModel
 from search.budget import format_size, parse_size
 from search.config import RunConfig, read_config
+from search.dominance import non_dominated
 from search.evaluation import Evaluation
 from search.finish import pack_trial, packed_path
 from search.front import ParetoFront
@@ -103,10 +104,13 @@ def choose_trial(run: Path, *, trial: int | None, best: str | None) -> Evaluatio
             f"{run} holds no finished trial {trial}; `search show {run}` lists the front"
         )
     assert best is not None
-    front = run / "front.json"
-    if front.exists():
-        return ParetoFront.load(front).best(parse_size(best))
-    return ParetoFront.of(evaluations, {}).best(parse_size(best))
+    limit = parse_size(best)
+    if (run / "front.json").exists():
+        return ParetoFront.load(run / "front.json").best(limit)
+    fitting = [e for e in non_dominated(evaluations) if e.size_bytes <= limit]
+    if not fitting:
+        raise NothingFeasibleError(f"{run} holds no trial at or under {format_size(limit)} yet")
+    return fitting[-1]
 
 
 def _prepare(config: RunConfig, data: str | None) -> Prepared:

@@ -49,8 +49,8 @@ def runner_of(packed: PackedModel, out_spec: pytree.TreeSpec | None = None) -> R
         program = lower(packed.model)
 
         def run(inputs: tuple[Tensor, ...]) -> Any:
-            arrays = run_torch(program, [x.numpy() for x in inputs])
-            return _tree([torch.as_tensor(a) for a in arrays], out_spec)
+            outputs = run_torch(program, [x.numpy() for x in inputs])
+            return _tree([torch.as_tensor(a) for a in outputs.values], out_spec)
 
         return run
     graph, params = packed.reduced()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cost_models.base import CostModel
-from cost_models.table import make_cost_model
+from cost_models.table import cost_model
 from quant_ops.bank import WeightBank
 from quant_ops.calibration import Calibration, calibrate
 from quant_ops.edges import activation_edges
@@ -18,9 +18,9 @@ from search.choices import build_space
 from search.config import RunConfig
 from search.data import EVALUATION_BATCH, Split, load_split
 from search.evaluator import Evaluator
-from search.quality import quality_function
+from search.quality import QualityLoss, metric_loss, quality_function, worst_loss
 from search.space import SearchSpace
-from search.task import Task
+from search.task import Metric, Task
 
 ALWAYS_COSTED = ("size_bytes", "macs", "bops", "ram_bytes")
 
@@ -32,8 +32,9 @@ class EvaluatorSpec:
     traced: Traced
     calibration: Calibration
     splits: Mapping[str, Split]
-    quality_loss: object
-    task_metric: object
+    quality_loss: QualityLoss
+    by_target: bool
+    task_metric: Metric
     range_setter: str
 
     def __call__(self) -> Evaluator:
@@ -46,9 +47,10 @@ class EvaluatorSpec:
                 range_setter=self.range_setter,
             ),
             self.splits,
-            quality_loss=self.quality_loss,  # type: ignore[arg-type]
-            metric=self.task_metric,  # type: ignore[arg-type]
-            costs={name: make_cost_model(name) for name in ALWAYS_COSTED},
+            quality_loss=self.quality_loss,
+            by_target=self.by_target,
+            metric=self.task_metric,
+            costs={name: cost_model(name) for name in ALWAYS_COSTED},
         )
 
 
@@ -81,12 +83,11 @@ class Prepared:
             "calibration": self.spec.splits["calibration"].digest(),
         }
 
-    def size_range(self) -> tuple[int, int]:
-        """Sizes in bytes of the smallest and the largest candidate of the space."""
-        cost = self.costs["size_bytes"].cost
-        graph = self.traced.graph
-        smallest, largest = self.space.smallest(), self.space.largest()
-        return int(cost(graph, smallest)), int(cost(graph, largest))
+    def worst_loss(self) -> float:
+        """Loss of a useless model: the reference point of the hypervolume."""
+        if self.spec.by_target:
+            return 1.0 if self.task.worst_loss is None else self.task.worst_loss
+        return worst_loss(self.task, self.evaluator.judge("validation").float_outputs)
 
 
 def prepare(task: Task, config: RunConfig) -> Prepared:
@@ -110,11 +111,13 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         "probe": validation.first(config.probe_samples),
         "calibration": calibration_split,
     }
+    by_metric = config.objective == "metric"
     spec = EvaluatorSpec(
         traced=traced,
         calibration=calibration,
         splits=splits,
-        quality_loss=quality_function(task, config.objective),
+        quality_loss=metric_loss(task.metric) if by_metric else quality_function(task),
+        by_target=by_metric,
         task_metric=task.metric,
         range_setter=config.range_setter,
     )

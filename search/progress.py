@@ -61,6 +61,10 @@ class ConsoleListener(Listener):
         if self._bar is not None:
             self._progress.update(self._bar, completed=done, total=total, status=status)
 
+    def on_task(self, status: str, done: int, total: int) -> None:
+        """A task that has to be made reports its steps."""
+        self.on_step(done, total, status)
+
     def on_probe(self, done: int, total: int) -> None:
         """A single-layer measurement was finished."""
         self.on_step(done, total, f"sensitivity {done}/{total}")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group
@@ -15,6 +15,9 @@ from search.dominance import HypervolumeScale
 from search.evaluation import Evaluation, within
 from search.front import BASELINES, ParetoFront
 from search.point_row import cell_texts, format_metric, point_row
+
+if TYPE_CHECKING:
+    from search.strategies.table import Capability
 
 _LEFT = {"strategy"}
 _ROWS = 12
@@ -52,6 +55,27 @@ def print_front(front: ParetoFront, console: Console) -> None:
         f"{front.seconds:.0f} s; intervals are 95 %",
         style="dim",
     )
+
+
+def print_capabilities(rows: "Sequence[Capability]", console: Console) -> None:
+    """The table of search methods."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("strategy", "what it does", "widths per", "activations", "budget-aware"):
+        table.add_column(title)
+    for title in ("deterministic", "training", "cost per trial"):
+        table.add_column(title)
+    for row in rows:
+        traits = row.traits
+        flags = (traits.activations, traits.budget_aware, traits.deterministic)
+        table.add_row(
+            row.name,
+            traits.summary,
+            ", ".join(traits.granularity),
+            *("yes" if flag else "no" for flag in flags),
+            "needed" if traits.needs_training else "no",
+            traits.cost_per_trial,
+        )
+    console.print(table)
 
 
 def front_table(front: ParetoFront) -> Table:

@@ -115,6 +115,7 @@ class FakeContext:
     seed: int = 0
     trials: int = 60
     batch_size: int = 4
+    strategy: str = ""
     record: list[Evaluation] = field(default_factory=list)
     costs: Mapping[str, CostModel] = field(default_factory=dict)
     batches: list[list[Candidate]] = field(default_factory=list)

@@ -34,7 +34,9 @@ class VerifyReport:
     def to_text(self) -> str:
         """One line per check."""
         lines = [f"{self.path}: sound"]
-        return "\n".join(lines + [f"  {key.replace('_', ' ')}: {value}" for key, value in self.facts.items()])
+        return "\n".join(
+            lines + [f"  {key.replace('_', ' ')}: {value}" for key, value in self.facts.items()]
+        )
 
 
 def verify_file(
@@ -180,5 +182,3 @@ def _require_same_structure(packed: PackedModel, prepared: Prepared) -> None:
             f"the file holds another network than task {prepared.task.name!r}: "
             f"{len(mine)} layers against {len(wanted)}, or other shapes"
         )
-
-

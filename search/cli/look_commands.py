@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from search.cli.run_command import DataOption, JsonOption
+
+if TYPE_CHECKING:
+    from search.front import ParetoFront
 
 RunArgument = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
@@ -19,13 +22,9 @@ def register(app: typer.Typer) -> None:
 
 def show(run: RunArgument, as_json: JsonOption = False) -> int:
     """The front as a table, with the uniform and rate-distortion baselines beside it."""
-    from search.show import print_run, read_run
+    from search.show import read_front
 
-    shown = read_run(run)
-    if as_json:
-        print(json.dumps(shown.content, indent=1))
-    else:
-        print_run(shown)
+    _print(read_front(run), as_json=as_json)
     return 0
 
 
@@ -37,16 +36,21 @@ def report(
 ) -> int:
     """The front with the metric on the test split, which nothing else reads."""
     from search.report import read_test_split
-    from search.show import print_run, read_run
+    from search.show import read_front
 
-    if test:
-        read_test_split(run, data=data)
-    shown = read_run(run)
-    if as_json:
-        print(json.dumps(shown.content, indent=1))
-    else:
-        print_run(shown)
+    _print(read_test_split(run, data=data) if test else read_front(run), as_json=as_json)
     return 0
+
+
+def _print(front: "ParetoFront", *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from search.tables import front_to_dict, print_front
+
+    if as_json:
+        print(json.dumps(front_to_dict(front), indent=1))
+    else:
+        print_front(front, Console())
 
 
 def compare(
@@ -55,13 +59,16 @@ def compare(
     as_json: JsonOption = False,
 ) -> int:
     """Two runs side by side: best point at equal sizes, hypervolumes on common constants."""
-    from search.show import compare_runs
+    from rich.console import Console
 
-    comparison = compare_runs(first, second)
+    from search.show import read_front
+    from search.tables import compare_to_dict, print_comparison
+
+    fronts, names = [read_front(first), read_front(second)], [str(first), str(second)]
     if as_json:
-        print(json.dumps(comparison.to_json(), indent=1))
+        print(json.dumps(compare_to_dict(fronts, names), indent=1))
     else:
-        comparison.print()
+        print_comparison(fronts, names, Console())
     return 0
 
 
@@ -79,15 +86,17 @@ def dashboard(
 
 def tasks() -> int:
     """List the built-in tasks."""
-    from search.tasks.table import describe_tasks
+    from search.tasks.table import SUMMARIES
 
-    for name, summary in describe_tasks():
+    for name, summary in SUMMARIES.items():
         print(f"{name:18} {summary}")
     return 0
 
 
 def strategies(as_json: JsonOption = False) -> int:
     """The capability table of the search methods."""
+    from rich.console import Console
+
     from search.strategies.table import capability_table
     from search.tables import print_capabilities
 
@@ -95,7 +104,7 @@ def strategies(as_json: JsonOption = False) -> int:
     if as_json:
         print(json.dumps([row.to_json() for row in rows], indent=1))
     else:
-        print_capabilities(rows)
+        print_capabilities(rows, Console())
     return 0
 
 

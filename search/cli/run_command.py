@@ -31,7 +31,9 @@ PinOption = Annotated[
 GranularityOption = Annotated[
     str, typer.Option("--granularity", help="One width per layer, group or channel.")
 ]
-TargetOption = Annotated[str, typer.Option("--target", help="Deployment target; see `search targets`.")]
+TargetOption = Annotated[
+    str, typer.Option("--target", help="Deployment target; see `search targets`.")
+]
 SchemeOption = Annotated[
     str, typer.Option("--scheme", help="auto, mid_tread, mid_rise or affine weight levels.")
 ]
@@ -93,7 +95,9 @@ def run(
     storage: Annotated[
         str | None, typer.Option(help="Any Optuna URL instead of the run's journal file.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; new each time if absent.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; new each time if absent.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     as_json: JsonOption = False,
 ) -> int:

@@ -1,18 +1,21 @@
 """What `search run` does once its options are parsed."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quant_ops.errors import EnvironmentFault, NothingFeasibleError, UsageError
+from rich.console import Console
+
+from quant_ops.errors import NothingFeasibleError
+from search.budget import format_size
 from search.config import RunConfig, read_config
 from search.engine import Finished, run_search
+from search.folders import new_folder
 from search.progress import ConsoleListener
+from search.tables import print_front
 from search.task import Task
 
-RUNS = Path("runs")
 INTERRUPTED = 130
 _CHANGEABLE = ("budgets", "max_drop", "trials", "time_limit_s", "bits", "pins", "workers")
 
@@ -35,7 +38,7 @@ def load_task_for(config: RunConfig, listener: ConsoleListener) -> Task:
 
     listener.on_phase(f"loading task {config.task}")
     data = Path(config.data) if config.data else None
-    return load_task(config.task, data=data, progress=listener.on_step)
+    return load_task(config.task, data=data, progress=listener.on_task)
 
 
 def execute(config: RunConfig, out: Path | None, *, resume: bool, as_json: bool) -> int:
@@ -56,28 +59,22 @@ def execute(config: RunConfig, out: Path | None, *, resume: bool, as_json: bool)
     return 0
 
 
-def new_folder(task_name: str) -> Path:
-    """The next free runs/<task>-<number>."""
-    number = 1
-    while (RUNS / f"{task_name}-{number}").exists():
-        number += 1
-    return RUNS / f"{task_name}-{number}"
-
-
 def report(finished: Finished, config: RunConfig, *, as_json: bool) -> None:
     """Print the front on stdout."""
-    from search.show import load_shown, print_run
-
     if as_json:
         print((finished.folder / "front.json").read_text(), end="")
         return
-    print_run(load_shown(finished.folder))
+    console = Console()
+    print_front(finished.front, console)
     if config.max_drop is not None:
-        _report_max_drop(finished, config.max_drop)
-
-
-def _report_max_drop(finished: Finished, max_drop: float) -> None:
-    raise NotImplementedError
-
-
-__all__ = ["EnvironmentFault", "UsageError", "execute", "json", "load_task_for", "new_folder"]
+        point = finished.front.within_drop(config.max_drop)
+        console.print(
+            f"smallest within {config.max_drop:g} of float: trial {point.trial}, "
+            f"{format_size(point.size_bytes)}",
+            style="bold",
+        )
+    console.print(
+        f"kept in {finished.folder}: packed models, front.json, front.png, front.html, bits.png",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -113,7 +113,9 @@ class Cluster(Runner):
         self, slot: int, chunk: list[int], losses: list[int], error: Exception
     ) -> list[int]:
         """Put a new worker into the slot; return the jobs to run again, last first."""
-        log.warning("worker %d was lost (%s); replaced, its jobs run again", slot, type(error).__name__)
+        log.warning(
+            "worker %d was lost (%s); replaced, its jobs run again", slot, type(error).__name__
+        )
         ray.kill(self._workers[slot])
         self._workers[slot] = self._new_worker()
         for i in chunk:

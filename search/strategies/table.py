@@ -1,7 +1,7 @@
 """Every search method by name. A module is imported only when its strategy is asked for."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -28,6 +28,14 @@ class Capability:
     name: str
     traits: Traits
     settings: Mapping[str, object]  # key to default
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value, one key per column."""
+        return {
+            "name": self.name,
+            **asdict(self.traits),
+            "settings": {key: str(value) for key, value in self.settings.items()},
+        }
 
 
 def strategy_class(name: str) -> type[Strategy]:

@@ -23,6 +23,14 @@ TASKS = {
 }
 
 
+SUMMARIES = {
+    "digits": "ResNet-18 on scikit-learn's handwritten digits; trained once, nothing to download",
+    "cifar10-resnet20": "pretrained ResNet-20 on CIFAR-10; needs --data",
+    "cifar10-resnet56": "pretrained ResNet-56 on CIFAR-10; needs --data",
+    "fashion-mnist": "small CNN on Fashion-MNIST, trained once; needs --data",
+}
+
+
 def load_task(
     spec: str,
     *,

@@ -1,0 +1,62 @@
+"""`search report --test`: the one reader of the labelled test split."""
+
+from pathlib import Path
+
+from quant_ops.errors import UsageError
+from quant_ops.packed import PackedModel
+from search.config import read_config
+from search.data import EVALUATION_BATCH, load_split
+from search.evaluator import Judge
+from search.finish import packed_path, runner_of
+from search.front import ParetoFront
+from search.plots import save_plots
+from search.prepare import prepare
+from search.record import Record
+from search.show import read_front
+
+TEST = "test"  # fact beside a trial: {weights digest: metric on the test split}
+
+
+def read_test_split(folder: Path, *, data: str | None = None) -> ParetoFront:
+    """Measure the points of the finished front, and float, on the test split.
+
+    The front is frozen: it was chosen on validation. Every file is measured once; answers are
+    kept in the record by weight digest.
+
+    Raises:
+        UsageError: the task has no test split.
+    """
+    from search.tasks.table import load_task
+
+    front = read_front(folder)
+    config, _ = read_config(folder)
+    where = data or config.data
+    task = load_task(config.task, data=Path(where) if where else None)
+    if task.test is None:
+        raise UsageError(f"task {task.name!r} has no test split; give Task(test=...) a function")
+    record = Record.open(folder, storage=config.storage)
+    known = record.facts(TEST)
+    points = {e.trial: e for e in (*front.points, *front.baselines)}
+    todo = [t for t, e in points.items() if e.weights_digest not in known.get(t, {})]
+    metrics = {t: known[t][points[t].weights_digest] for t in points if t not in todo}
+    float_test = front.info.float_test
+    if todo or float_test is None:
+        prepared = prepare(task, config)
+        batch = prepared.traced.static_batch or EVALUATION_BATCH
+        split = load_split(task.test(), what="test", batch=batch)
+        judge = prepared.evaluator.new_judge(split)
+        float_test = prepared.evaluator.measure_float(judge).metric
+        for trial in todo:
+            packed = PackedModel.load(packed_path(folder, trial))
+            metric = _metric(judge, packed, prepared.traced.out_spec)
+            if metric is not None:
+                metrics[trial] = metric
+                record.add_fact(trial, TEST, {points[trial].weights_digest: metric})
+    front = front.with_test(metrics, float_test=float_test)
+    front.save(folder / "front.json")
+    save_plots(front, folder, evaluations=record.evaluations())
+    return front
+
+
+def _metric(judge: Judge, packed: PackedModel, out_spec: object) -> float | None:
+    return judge.measure(runner_of(packed, out_spec)).metric  # type: ignore[arg-type]
