@@ -255,6 +255,7 @@ def trial_bits_figure(front: ParetoFront, evaluation: Evaluation) -> go.Figure:
     title = f"trial {evaluation.trial}: {texts['size']}, {texts[front.info.metric]}"
     figure.update_layout(
         template="none", title={"text": title, "x": 0.02}, font_family=_FONT,
-        yaxis_range=[0, 8.9], yaxis_dtick=2, yaxis_title="weight bits", xaxis_tickangle=-60, margin={"b": 120, "t": 60},
+        yaxis_range=[0, 8.9], yaxis_dtick=2, yaxis_title="weight bits",
+        xaxis_tickangle=-60, margin={"b": 120, "t": 60},
     )  # fmt: skip
     return figure
