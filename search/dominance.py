@@ -61,8 +61,8 @@ class HypervolumeScale:
         low, high = np.log2([self.smallest_bytes, self.largest_bytes])
         x = (np.log2(raw[:, 0]) - low) / (high - low)
         y = raw[:, 1] / self.worst_loss
-        projected: NDArray[np.float64] = np.maximum(np.column_stack([x, y]), 0.0)
-        return projected
+        points: NDArray[np.float64] = np.maximum(np.column_stack([x, y]), 0.0)
+        return points
 
     def hypervolume(self, evaluations: Iterable[Evaluation]) -> float:
         """Share of the unit square that the complete, finite evaluations dominate."""

@@ -65,11 +65,15 @@ def interactive_figure(front: ParetoFront) -> go.Figure:
         template="plotly_white",
         height=top_height + heat_height + 230,
         font_family=_FONT,
-        title=f"{front.info.task}: {len(front.points)} points from "
-        f"{format_size(front.info.float_size_bytes)} in float32",
-        legend={"orientation": "h", "yref": "container", "y": 0.99, "x": 1, "xanchor": "right"},
+        title={
+            "text": f"{front.info.task}: {len(front.points)} points from "
+            f"{format_size(front.info.float_size_bytes)} in float32",
+            "y": 0.985,
+            "yanchor": "top",
+        },
+        legend={"orientation": "h", "yref": "container", "y": 0.955, "yanchor": "top", "x": 0},
         hoverlabel={"align": "left", "font_family": _FONT},
-        margin={"t": 90, "l": 80, "r": 30, "b": 110},
+        margin={"t": 115, "l": 80, "r": 30, "b": 110},
     )
     return figure
 
@@ -229,7 +233,8 @@ def bits_only_figure(front: ParetoFront) -> go.Figure:
     figure = go.Figure(bits_trace(front.points, *width_table(front.points)))
     figure.update_yaxes(autorange="reversed", dtick=1, tickfont_size=10)
     figure.update_layout(
-        template="none", title="bit width per layer and point of the front", font_family=_FONT,
+        template="none", font_family=_FONT,
+        title={"text": "bit width per layer and point of the front", "x": 0.02},
         margin={"l": 130, "t": 60, "b": 110}, xaxis_tickangle=-60,
     )  # fmt: skip
     return figure
@@ -249,7 +254,8 @@ def trial_bits_figure(front: ParetoFront, evaluation: Evaluation) -> go.Figure:
     texts = cell_texts(front, evaluation)
     title = f"trial {evaluation.trial}: {texts['size']}, {texts[front.info.metric]}"
     figure.update_layout(
-        template="none", title=title, font_family=_FONT, yaxis_range=[0, 8.9], yaxis_dtick=2,
-        yaxis_title="weight bits", xaxis_tickangle=-60, margin={"b": 120, "t": 60},
+        template="none", title={"text": title, "x": 0.02}, font_family=_FONT,
+        yaxis_range=[0, 8.9], yaxis_dtick=2, yaxis_title="weight bits",
+        xaxis_tickangle=-60, margin={"b": 120, "t": 60},
     )  # fmt: skip
     return figure

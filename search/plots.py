@@ -123,8 +123,7 @@ def thinned(points: Sequence[Evaluation], n: int) -> list[Evaluation]:
 def bit_colors() -> tuple[Colormap, BoundaryNorm]:
     """Colours of 0 to 8 bits, one per whole width; float layers are grey."""
     colors = LinearSegmentedColormap.from_list("bits", BIT_COLORS, N=len(BIT_COLORS))
-    colors.set_bad("#d0d4d8")
-    return colors, BoundaryNorm(np.arange(-0.5, 9), len(BIT_COLORS))
+    return colors.with_extremes(bad="#d0d4d8"), BoundaryNorm(np.arange(-0.5, 9), len(BIT_COLORS))
 
 
 def _draw_losses(axes: Axes, front: ParetoFront, evaluations: Sequence[Evaluation]) -> None:

@@ -183,6 +183,32 @@ def test_nothing_finished_is_lost_when_the_writer_is_killed(tmp_path):
     assert {trial.state for trial in record.study().trials} == {TrialState.COMPLETE}
 
 
+def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_later(tmp_path):
+    script = textwrap.dedent("""
+        import resource, sys
+        from pathlib import Path
+        from quant_ops.candidate import Candidate
+        from quant_ops.errors import EnvironmentFault
+        from search.evaluation import Evaluation
+        from search.record import Record
+        record = Record.create(Path(sys.argv[1]), name="digits", metadata={})
+        e = Evaluation(Candidate.of({"conv": 4}), 1.0, 0.5, {"size_bytes": 10.0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        try:
+            while True:
+                record.append([e], {})
+        except EnvironmentFault as error:
+            print(len(record), error)
+    """)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "cannot write the record" in out
+    assert "go on with --resume" in out
+    record = Record.open(tmp_path)
+    assert len(record) == int(out.split()[0]) > 0
+    assert (tmp_path / "study.journal.dropped").exists()
+
+
 def test_a_folder_with_a_run_is_not_written_over(record, tmp_path):
     with pytest.raises(UsageError, match="already holds a run"):
         Record.create(tmp_path, name="digits", metadata={})
