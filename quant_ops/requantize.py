@@ -105,8 +105,9 @@ class Rescale:
         shape = np.broadcast_shapes(*(r.shape for r in ratios), constant.shape)
         shift = np.full(shape, MAX_SHIFT, np.int64)
         while True:
-            multipliers = [np.rint(np.ldexp(r, shift)) for r in ratios]
-            offset = np.rint(np.ldexp(constant, shift))
+            with np.errstate(over="ignore"):
+                multipliers = [np.rint(np.ldexp(r, shift)) for r in ratios]
+                offset = np.rint(np.ldexp(constant, shift))
             worst = np.abs(offset) + np.ldexp(0.5, shift)
             too_big = np.zeros(shape, bool)
             for multiplier, bound in zip(multipliers, bounds, strict=True):
