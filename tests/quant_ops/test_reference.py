@@ -552,7 +552,8 @@ class Drawn(nn.Module):
         return self.head(x.amax((2, 3)))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32 - 1), exact=st.booleans())
 def test_random_networks_equal_the_oracle_in_both_engines(seed: int, exact: bool) -> None:
     rng = np.random.default_rng(seed)
