@@ -4,12 +4,12 @@ An edge is named after the node that produces it. A pass-through operator only m
 compares codes, so its value keeps the edge of its source.
 """
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quant_ops.graph import Graph, Node, Ref, refs_in
 from quant_ops.operators import LAYER_OPS, OPERATORS
+from quant_ops.per_graph import per_graph
 
 # Operators whose value takes only values of their first argument, or zero.
 PASS_THROUGH = frozenset({
@@ -78,9 +78,6 @@ class _Edges:
     of_node: tuple[str | None, ...]
 
 
-_CACHE: dict[int, tuple[weakref.ref[Graph], _Edges]] = {}
-
-
 def activation_edges(graph: Graph) -> tuple[Edge, ...]:
     """Every edge of the network, in execution order.
 
@@ -129,17 +126,8 @@ def _pads_with_zero(node: Node) -> bool:
     return mode == "constant" and value in (None, 0)
 
 
+@per_graph
 def _found(graph: Graph) -> _Edges:
-    key = id(graph)
-    cached = _CACHE.get(key)
-    if cached is not None and cached[0]() is graph:
-        return cached[1]
-    found = _find(graph)
-    _CACHE[key] = (weakref.ref(graph, lambda _, k=key: _CACHE.pop(k, None)), found)  # type: ignore[misc]
-    return found
-
-
-def _find(graph: Graph) -> _Edges:
     of_node: list[str | None] = [None] * len(graph.nodes)
     quantized_at: dict[str, int] = {}
     fused: set[int] = set()

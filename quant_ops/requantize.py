@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from quant_ops.errors import VerificationError
 
 Integers = NDArray[np.int64]
+Doubles = NDArray[np.float64]
 
 MAX_SHIFT = 62
 MULTIPLIER_LIMIT = 2**31 - 1
@@ -88,9 +89,9 @@ class Rescale:
     @classmethod
     def fitted(
         cls,
-        ratios: Sequence[NDArray[np.float64]],
-        bounds: Sequence[NDArray[np.float64]],
-        constant: NDArray[np.float64],
+        ratios: Sequence[Doubles],
+        bounds: Sequence[Doubles],
+        constant: Doubles,
         codes: Codes,
     ) -> Self:
         """The most precise multipliers that cannot overflow, with one shift for all terms.
@@ -104,24 +105,22 @@ class Rescale:
         """
         shape = np.broadcast_shapes(*(r.shape for r in ratios), constant.shape)
         shift = np.full(shape, MAX_SHIFT, np.int64)
-        while True:
-            multipliers = [np.rint(np.ldexp(r, shift)) for r in ratios]
-            offset = np.rint(np.ldexp(constant, shift))
-            worst = np.abs(offset) + np.ldexp(0.5, shift)
-            too_big = np.zeros(shape, bool)
-            for multiplier, bound in zip(multipliers, bounds, strict=True):
-                worst = worst + np.abs(multiplier) * bound
-                too_big |= np.abs(multiplier) > MULTIPLIER_LIMIT
-            too_big = (too_big | (worst > PRODUCT_LIMIT)) & (shift > 0)
-            if not too_big.any():
-                break
-            shift = shift - too_big
-        multipliers = [np.clip(m, -MULTIPLIER_LIMIT, MULTIPLIER_LIMIT) for m in multipliers]
-        if (worst > PRODUCT_LIMIT).any() or not np.isfinite(worst).all():
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite: too big as well
+            while True:
+                multipliers, offset, worst = _scaled(ratios, bounds, constant, shift)
+                too_big = ~(worst <= PRODUCT_LIMIT)
+                for multiplier in multipliers:
+                    too_big = too_big | (np.abs(multiplier) > MULTIPLIER_LIMIT)
+                too_big &= shift > 0
+                if not too_big.any():
+                    break
+                shift = shift - too_big
+        if not (worst <= PRODUCT_LIMIT).all():
             raise VerificationError(
                 f"a rescaling by {max(float(np.abs(r).max()) for r in ratios):g} exceeds 64-bit "
                 f"integers; the scale {codes.scale:g} of its result is not a sound one"
             )
+        multipliers = [np.clip(m, -MULTIPLIER_LIMIT, MULTIPLIER_LIMIT) for m in multipliers]
         half = (np.int64(1) << shift) >> 1
         return cls(
             tuple(np.asarray(m, np.int64) for m in multipliers),
@@ -139,3 +138,15 @@ class Rescale:
             total = total + accumulator * multiplier
         codes: Integers = np.clip((total >> self.shift) + self.zero_point, self.low, self.high)
         return codes
+
+
+def _scaled(
+    ratios: Sequence[Doubles], bounds: Sequence[Doubles], constant: Doubles, shift: Integers
+) -> tuple[list[Doubles], Doubles, Doubles]:
+    """Multipliers, constant and largest sum at 2^shift."""
+    multipliers = [np.rint(np.ldexp(ratio, shift)) for ratio in ratios]
+    offset = np.rint(np.ldexp(constant, shift))
+    worst = np.abs(offset) + np.ldexp(0.5, shift)
+    for multiplier, bound in zip(multipliers, bounds, strict=True):
+        worst = worst + np.abs(multiplier) * bound
+    return multipliers, offset, worst

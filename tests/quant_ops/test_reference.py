@@ -10,17 +10,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quant_ops.bit_widths import BIT_WIDTHS
 from quant_ops.candidate import Candidate, LayerQuant
 from quant_ops.edges import activation_edges
-from quant_ops.executor import Executor
+from quant_ops.executor import Executor, Transform
 from quant_ops.graph import Layer
+from quant_ops.integer_weights import accumulator_bits, accumulator_bound
 from quant_ops.lowering import lower
 from quant_ops.program import Convolution, IntegerProgram, MatMul
 from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel, code_range
 from quant_ops.reference import fake_quant_transforms, run, run_torch
+from quant_ops.requantize import Codes
 from quant_ops.stored import StoredBias, StoredScale
 from search.capture import Traced, trace
 
@@ -315,27 +318,35 @@ def test_a_residual_network_equals_the_oracle_code_for_code() -> None:
     check(Residual(), images(2, 3, 8, 8), seeds=4, widths=BIT_WIDTHS, activation_bits=(4, 8))
 
 
-def test_fake_quantization_differs_from_the_integers_in_few_codes_and_by_one() -> None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize("widths", [(8,), (4,), (2, 3), (1.6,)])
+def test_fake_quantization_differs_from_the_integers_in_few_codes_and_by_one(
+    widths: tuple[float, ...],
+) -> None:
+    """Each edge from equal inputs: a difference is not followed into the layers after it."""
     x = images(16, 3, 16, 16)
     traced = trace(Residual(8), (x[:2],))
-    for widths in ((8,), (4,), (2, 3), (1.6,)):
-        model = random_model(traced, (x,), np.random.default_rng(1), exact=False, widths=widths)
-        program = lower(model)
-        nodes = {name: number for name, number in program.edges.items()}
-        result = run_torch(program, [x.numpy()], tuple(nodes))
-        _, kept = Executor(model.graph).run(
-            model.params(), [x], transforms=fake_quant_transforms(model), keep=list(nodes.values())
-        )
-        different = total = 0
-        for name, number in nodes.items():
-            quant = model.activations[name]
-            codes = torch.round(kept[number] / quant.scale).numpy() + quant.zero_point
-            off = np.abs(codes - result.codes[name])
-            assert off.max() <= 1
-            different += int((off > 0).sum())
-            total += off.size
-        assert different <= 1e-3 * total, (widths, different / total)
+    model = random_model(traced, (x,), np.random.default_rng(1), exact=False, widths=widths)
+    program = lower(model)
+    codes = run_torch(program, [x.numpy()], tuple(program.edges)).codes
+    off: list[NDArray[np.float64]] = []
+
+    def compare(name: str, transform: Transform) -> Transform:
+        quant = model.activations[name]
+        integers = torch.from_numpy(codes[name] - quant.zero_point)
+
+        def quantized(value: Tensor) -> Tensor:
+            off.append((transform(value) / quant.scale - integers).round().abs().numpy().ravel())
+            return integers * torch.tensor(quant.scale)
+
+        return quantized
+
+    faked = fake_quant_transforms(model)
+    transforms = {number: compare(name, faked[number]) for name, number in program.edges.items()}
+    Executor(model.graph).run(model.params(), [x], transforms=transforms)
+    differences = np.concatenate(off)
+    assert len(off) == len(model.activations)
+    assert differences.max() <= 1
+    assert differences.mean() <= 1e-3
 
 
 def test_embedding_codes_are_looked_up_and_rescaled_by_row() -> None:
@@ -387,17 +398,12 @@ def test_ties_of_the_top_class_go_to_the_lowest_index() -> None:
 
 
 def test_the_accumulator_is_64_bits_wide_exactly_where_32_could_overflow() -> None:
-    from quant_ops.integer_weights import accumulator_bits, accumulator_bound
-    from quant_ops.requantize import Codes
-
     assert accumulator_bits(2**31 - 1) == 32
     assert accumulator_bits(2**31) == 64
     source = Codes(1.0, 3, 0, 255)  # reaches from -3 to 252
     weights = np.array([[100, -100, 50]], np.int16)
     assert accumulator_bound(weights, source) == 150 * 252 + 100 * 3
-    assert accumulator_bound(-weights, source) == 150 * 252 + 100 * 3 - 50 * 252 - 50 * 3 + (
-        50 * 252 + 50 * 3
-    )
+    assert accumulator_bound(-weights, source) == 150 * 252 + 100 * 3
     worst = np.full((1, 33026), 255, np.int16)
     assert accumulator_bits(accumulator_bound(worst, Codes(1.0, 0, 0, 255))) == 64
     assert accumulator_bits(accumulator_bound(worst[:, :33025], Codes(1.0, 0, 0, 255))) == 32
@@ -546,7 +552,8 @@ class Drawn(nn.Module):
         return self.head(x.amax((2, 3)))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32 - 1), exact=st.booleans())
 def test_random_networks_equal_the_oracle_in_both_engines(seed: int, exact: bool) -> None:
     rng = np.random.default_rng(seed)
