@@ -54,6 +54,14 @@ def allocate(
     kept = [
         _undominated(loss, [costs[name][g] for name in limits]) for g, loss in enumerate(losses)
     ]
+    if len(limits) == 1:
+        name = next(iter(limits))
+        near = _near_optimal(
+            [loss[keep] for loss, keep in zip(losses, kept, strict=True)],
+            [cost[keep] for cost, keep in zip(costs[name], kept, strict=True)],
+            limits[name],
+        )
+        kept = [keep[useful] for keep, useful in zip(kept, near, strict=True)]
     reduced = [loss[keep] for loss, keep in zip(losses, kept, strict=True)]
     tables = {
         name: [cost[keep] for cost, keep in zip(costs[name], kept, strict=True)] for name in limits
@@ -131,6 +139,61 @@ def _undominated(
     better = no_worse & (table[:, None, :] < table[None, :, :]).any(axis=2)
     first = np.tril(no_worse & no_worse.T, -1).any(axis=1)  # an equal one comes before
     return np.flatnonzero(~better.any(axis=0) & ~first)
+
+
+def _near_optimal(losses: Values, sizes: Values, limit: float) -> list[NDArray[np.bool_]]:
+    """Per group the choices that an optimal solution under one limit can contain.
+
+    With the multiplier of the hull's edge at the limit, the Lagrangian gives a lower bound for
+    every choice; what cannot beat a greedy solution is dropped [Pisinger1995]. Usually a few
+    groups with two or three choices are left.
+    """
+    front = sweep(losses, sizes)
+    totals = np.array([total(sizes, choice) for choice in front])
+    inside = int(np.searchsorted(totals, limit, side="right")) - 1
+    if inside < 0 or inside == len(front) - 1:
+        return [np.ones(len(loss), dtype=bool) for loss in losses]
+    left, right = front[inside], front[inside + 1]
+    multiplier = (total(losses, left) - total(losses, right)) / (
+        totals[inside + 1] - totals[inside]
+    )
+    best = min(
+        total(losses, _fill_up(losses, sizes, limit, start))
+        for start in (left, _squeezed(losses, sizes, limit, right))
+    )
+    adjusted = [loss + multiplier * size for loss, size in zip(losses, sizes, strict=True)]
+    bound = sum(float(group.min()) for group in adjusted) - multiplier * limit
+    slack = best - bound + 1e-9 * max(abs(best), abs(bound))
+    return [group - group.min() <= slack for group in adjusted]
+
+
+def _fill_up(losses: Values, sizes: Values, limit: float, choice: Choice) -> Choice:
+    """Greedily change one group at a time to what lowers the loss most and still fits."""
+    current = list(choice)
+    while True:
+        left = limit - total(sizes, current)
+        best = (0.0, -1, -1)
+        for g, (loss, size) in enumerate(zip(losses, sizes, strict=True)):
+            gain = np.where(size - size[current[g]] <= left, loss[current[g]] - loss, 0.0)
+            at = int(gain.argmax())
+            best = max(best, (float(gain[at]), g, at))
+        if best[0] <= 0:
+            return tuple(current)
+        current[best[1]] = best[2]
+
+
+def _squeezed(losses: Values, sizes: Values, limit: float, choice: Choice) -> Choice:
+    """The one change of one group that makes a choice fit at the least loss."""
+    over = total(sizes, choice) - limit
+    changes = [
+        (float(loss[at] - loss[now]), g, at)
+        for g, (loss, size, now) in enumerate(zip(losses, sizes, choice, strict=True))
+        for at in range(len(loss))
+        if size[now] - size[at] >= over
+    ]
+    # the vertex before this one differs in one group, so there is always a change
+    _, g, at = min(changes)
+    return (*choice[:g], at, *choice[g + 1 :])
 
 
 def _solve(
