@@ -16,6 +16,7 @@ from search.dominance import HypervolumeScale
 from search.evaluation import within
 from search.finish import Checked, check_trials, packed_path
 from search.front import BASELINES, FrontInfo, ParetoFront
+from search.interactive import save_html
 from search.plots import save_plots, thinned
 from search.prepare import Prepared, prepare
 from search.record import JOURNAL, Record
@@ -156,6 +157,7 @@ def finish(
     front = replace(front.with_packed(paths), n_evaluations=len(evaluations))
     front.save(folder / "front.json")
     save_plots(front, folder, evaluations=evaluations)
+    save_html(front, folder / "front.html")
     return front
 
 

@@ -9,6 +9,7 @@ from search.data import EVALUATION_BATCH, load_split
 from search.evaluator import Judge
 from search.finish import packed_path, runner_of
 from search.front import ParetoFront
+from search.interactive import save_html
 from search.plots import save_plots
 from search.prepare import prepare
 from search.record import Record
@@ -55,6 +56,7 @@ def read_test_split(folder: Path, *, data: str | None = None) -> ParetoFront:
     front = front.with_test(metrics, float_test=float_test)
     front.save(folder / "front.json")
     save_plots(front, folder, evaluations=record.evaluations())
+    save_html(front, folder / "front.html")
     return front
 
 
