@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from quant_ops.channels import tied_channels
@@ -15,6 +14,7 @@ from search.durations import format_duration
 from search.engine import require_reachable
 from search.prepare import Prepared, prepare
 from search.space import SearchSpace
+from search.tables import stdout_console
 from search.task import Task
 
 
@@ -77,7 +77,7 @@ class Inspection:
 
     def print(self) -> None:
         """Print tables on stdout."""
-        console = Console()
+        console = stdout_console()
         table = Table(title=f"{self.task}: {format_size(self.float_bytes)} in float")
         table.add_column("layer", overflow="fold")
         table.add_column("kind")

@@ -70,7 +70,10 @@ def origin(row: dict[str, Any]) -> str:
 
 
 def cell_texts(front: ParetoFront, evaluation: Evaluation) -> dict[str, str]:
-    """Label to printed text, in the order of the columns of the table."""
+    """Label to printed text, in the order of the columns of the table.
+
+    Of the costs those that have a budget; `point_row` holds all.
+    """
     row = point_row(front, evaluation)
     percent = front.info.percent
     bits = row["mean_weight_bits"]
@@ -86,7 +89,8 @@ def cell_texts(front: ParetoFront, evaluation: Evaluation) -> dict[str, str]:
     }
     if front.test:
         texts["test"] = format_metric(row["test"], percent=percent)
-    return texts | {short(name): format_cost(name, v) for name, v in row["costs"].items()}
+    budgeted = [name for name in row["costs"] if name in front.info.budgets.limits]
+    return texts | {short(name): format_cost(name, row["costs"][name]) for name in budgeted}
 
 
 def short(cost: str) -> str:

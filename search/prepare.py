@@ -7,18 +7,20 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from cost_models.base import CostModel
 from cost_models.table import cost_model
 from quant_ops.bank import WeightBank
 from quant_ops.calibration import Calibration, calibrate
 from quant_ops.edges import activation_edges
+from quant_ops.executor import Executor
 from search.capture import Traced, trace
 from search.choices import build_space
 from search.config import RunConfig
 from search.data import EVALUATION_BATCH, Split, load_split
 from search.evaluator import Evaluator
-from search.quality import QualityLoss, metric_loss, quality_function, worst_loss
+from search.quality import QualityLoss, is_kl, metric_loss, quality_function, worst_loss
 from search.space import SearchSpace
 from search.task import Metric, Task
 
@@ -112,16 +114,29 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         "calibration": calibration_split,
     }
     by_metric = config.objective == "metric"
+    quality_loss = metric_loss(task.metric) if by_metric else _divergence(task, traced, validation)
     spec = EvaluatorSpec(
         traced=traced,
         calibration=calibration,
         splits=splits,
-        quality_loss=metric_loss(task.metric) if by_metric else quality_function(task),
+        quality_loss=quality_loss,
         by_target=by_metric,
         task_metric=task.metric,
         range_setter=config.range_setter,
     )
     return Prepared(task, config, traced, space, spec)
+
+
+def _divergence(task: Task, traced: Traced, validation: Split) -> QualityLoss:
+    """The task's quality loss; a relative error is relative to the power over the whole split."""
+    if is_kl(task):
+        return quality_function(task)
+    executor = Executor(traced.graph)
+    outputs = [
+        pytree.tree_unflatten(list(executor(traced.params, x)), traced.out_spec)
+        for x in validation.inputs()
+    ]
+    return quality_function(task, outputs)
 
 
 def _params_digest(params: Mapping[str, Tensor]) -> str:

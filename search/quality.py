@@ -58,6 +58,11 @@ def worst_loss(task: Task, float_outputs: Sequence[Any]) -> float:
     return 1.0
 
 
+def is_kl(task: Task) -> bool:
+    """Whether the task is judged by divergence of its logits."""
+    return _chosen(task) == "kl"
+
+
 def _chosen(task: Task) -> str | QualityLoss:
     if task.quality_loss != "auto":
         if not callable(task.quality_loss) and task.quality_loss not in ("kl", "relative-error"):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _LEFT = {"strategy"}
 _ROWS = 12
+PIPE_WIDTH = 120
 
 
 def front_to_dict(front: ParetoFront) -> dict[str, Any]:
@@ -37,6 +38,12 @@ def front_to_dict(front: ParetoFront) -> dict[str, Any]:
         "baselines": [point_row(front, e) for e in front.baselines],
         "budgets": [_at_size(front, size) for size in info.budgets.sizes],
     }
+
+
+def stdout_console() -> Console:
+    """Where results go; a pipe is given the room that a table needs."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, PIPE_WIDTH))
 
 
 def print_front(front: ParetoFront, console: Console) -> None:
@@ -79,15 +86,19 @@ def print_capabilities(rows: "Sequence[Capability]", console: Console) -> None:
 
 
 def front_table(front: ParetoFront) -> Table:
-    """Every point, then the baselines inside the budgets; smallest first."""
+    """Every point, then the baselines inside the budgets that are none; smallest first."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     rows = [cell_texts(front, e) for e in front.points]
     limits = front.info.budgets.limits
-    baselines = [cell_texts(front, e) for e in front.baselines if within(limits, e.costs)]
+    shown = {e.trial for e in front.points}
+    baselines = [
+        cell_texts(front, e)
+        for e in front.baselines
+        if e.trial not in shown and within(limits, e.costs)
+    ]
     titles = list(dict.fromkeys(title for row in (*rows, *baselines) for title in row))
     for title in titles:
-        left = title in _LEFT
-        table.add_column(title, justify="left" if left else "right", no_wrap=not left)
+        table.add_column(title, justify="left" if title in _LEFT else "right", no_wrap=True)
     if not titles:
         table.add_column("nothing is inside every budget")
     _add_rows(table, rows, titles)

@@ -43,14 +43,12 @@ def report(
 
 
 def _print(front: "ParetoFront", *, as_json: bool) -> None:
-    from rich.console import Console
-
-    from search.tables import front_to_dict, print_front
+    from search.tables import front_to_dict, print_front, stdout_console
 
     if as_json:
         print(json.dumps(front_to_dict(front), indent=1))
     else:
-        print_front(front, Console())
+        print_front(front, stdout_console())
 
 
 def compare(
@@ -59,16 +57,14 @@ def compare(
     as_json: JsonOption = False,
 ) -> int:
     """Two runs side by side: best point at equal sizes, hypervolumes on common constants."""
-    from rich.console import Console
-
     from search.show import read_front
-    from search.tables import compare_to_dict, print_comparison
+    from search.tables import compare_to_dict, print_comparison, stdout_console
 
     fronts, names = [read_front(first), read_front(second)], [str(first), str(second)]
     if as_json:
         print(json.dumps(compare_to_dict(fronts, names), indent=1))
     else:
-        print_comparison(fronts, names, Console())
+        print_comparison(fronts, names, stdout_console())
     return 0
 
 
@@ -95,16 +91,14 @@ def tasks() -> int:
 
 def strategies(as_json: JsonOption = False) -> int:
     """The capability table of the search methods."""
-    from rich.console import Console
-
     from search.strategies.table import capability_table
-    from search.tables import print_capabilities
+    from search.tables import print_capabilities, stdout_console
 
     rows = capability_table()
     if as_json:
         print(json.dumps([row.to_json() for row in rows], indent=1))
     else:
-        print_capabilities(rows, Console())
+        print_capabilities(rows, stdout_console())
     return 0
 
 

@@ -5,15 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from quant_ops.errors import NothingFeasibleError
 from search.budget import format_size
 from search.config import RunConfig, read_config
 from search.engine import Finished, run_search
 from search.folders import new_folder
 from search.progress import ConsoleListener
-from search.tables import print_front
+from search.tables import print_front, stdout_console
 from search.task import Task
 
 INTERRUPTED = 130
@@ -64,7 +62,7 @@ def report(finished: Finished, config: RunConfig, *, as_json: bool) -> None:
     if as_json:
         print((finished.folder / "front.json").read_text(), end="")
         return
-    console = Console()
+    console = stdout_console()
     print_front(finished.front, console)
     if config.max_drop is not None:
         point = finished.front.within_drop(config.max_drop)
