@@ -23,7 +23,7 @@ from search.tasks.training import (
 )
 
 SOURCE = "github.com/zalandoresearch/fashion-mnist (folder data/fashion)"
-RECIPE = TrainingRecipe(epochs=6, learning_rate=0.1, batch_size=128, label_smoothing=0.05)
+RECIPE = TrainingRecipe(epochs=5, learning_rate=0.1, batch_size=128, label_smoothing=0.05)
 MEAN, STD = 0.2860, 0.3530  # of the training pixels over 255
 CLASS_NAMES = (
     "T-shirt/top", "trouser", "pullover", "dress", "coat",
