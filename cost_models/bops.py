@@ -16,7 +16,7 @@ class BOPs(CostModel):
 
     Widths are summed over output channels, so a channel of width 0 is free. A float weight or
     activation has 32 bits; a ternary weight has 2, the width of a multiplier that takes it.
-    [Baskin2021, eq. 2 without the accumulator term].
+    [Baskin2021, without the accumulator term].
     """
 
     name: ClassVar[str] = "bops"

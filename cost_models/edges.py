@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from quant_ops.bit_widths import FLOAT_BITS
 from quant_ops.graph import Graph, Ref
-from quant_ops.index_maps import MOVES, PADS
+from quant_ops.operator_kinds import MOVES, PADS
 from quant_ops.per_graph import per_graph
 
 ACTIVATIONS = frozenset({"relu.default", "relu6.default", "hardtanh.default", "clamp.default"})

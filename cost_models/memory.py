@@ -13,7 +13,8 @@ from cost_models.edges import ACTIVATIONS, edge_names
 from quant_ops.candidate import Candidate
 from quant_ops.channels import analyse
 from quant_ops.graph import Graph, Ref, refs_in
-from quant_ops.index_maps import MOVES, POINTWISE, SUMS, ZERO_KEEPING, varying_axes
+from quant_ops.index_maps import varying_axes
+from quant_ops.operator_kinds import MOVES, POINTWISE, SUMS, ZERO_KEEPING
 from quant_ops.operators import CONV, CONV_TRANSPOSE, LINEAR
 from quant_ops.per_graph import per_graph
 from quant_ops.removal import plan_removal

@@ -12,15 +12,8 @@ from numpy.typing import NDArray
 
 from quant_ops.candidate import Candidate
 from quant_ops.graph import Graph, Ref
-from quant_ops.index_maps import (
-    MOVES,
-    POOLS,
-    REDUCTIONS,
-    ZERO_KEEPING,
-    IndexMaps,
-    trace_slots,
-    varying_axes,
-)
+from quant_ops.index_maps import IndexMaps, trace_slots, varying_axes
+from quant_ops.operator_kinds import MOVES, POOLS, REDUCTIONS, ZERO_KEEPING
 from quant_ops.operators import LAYER_OPS
 from quant_ops.per_graph import per_graph
 from quant_ops.slots import Ids
@@ -184,8 +177,7 @@ def _absorbs(graph: Graph, user: int, absorbed: set[int]) -> bool:
     if node.op in ("add.Tensor", "sub.Tensor") and n_values == 2:
         return True
     passes = (
-        node.op in LAYER_OPS | ZERO_KEEPING | REDUCTIONS | (MOVES - {"cat.default"})
-        or node.op.startswith(POOLS)
+        node.op in LAYER_OPS | ZERO_KEEPING | REDUCTIONS | POOLS | (MOVES - {"cat.default"})
         or node.op in ("mul.Tensor", "div.Tensor", "prelu.default", "getitem", "hardtanh.default")
         or node.op == "constant_pad_nd.default"
     )

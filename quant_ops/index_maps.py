@@ -6,49 +6,34 @@ concatenations, flattenings and shuffles need no rules of their own.
 """
 
 import math
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quant_ops.graph import Arg, Graph, Layer, Node, ParamRef, Ref, Shape, params_in, refs_in
+from quant_ops.operator_kinds import (
+    ALONG_ONE_AXIS,
+    MOVES,
+    ONE_BY_ONE,
+    PADS,
+    POINTWISE,
+    POOLS,
+    REDUCTIONS,
+    SIZES,
+    SUMS,
+    ZERO_KEEPING,
+    compressed,
+    keeps_zero,
+    pad_pairs,
+)
 from quant_ops.operators import CONV, CONV_TRANSPOSE, LAYER_OPS, LINEAR, implementation
 from quant_ops.slots import OPAQUE, Ids, SlotTable
 
 Value = Ids | tuple[Ids, ...] | int | None
-
-# One tensor, position by position, 0 to 0.
-ZERO_KEEPING = frozenset({
-    "relu.default", "relu6.default", "leaky_relu.default", "elu.default", "gelu.default",
-    "silu.default", "tanh.default", "hardswish.default", "sqrt.default", "abs.default",
-    "neg.default", "sin.default", "erf.default", "floor.default", "round.default", "sign.default",
-    "selu.default", "celu.default", "log1p.default", "hardshrink.default", "softshrink.default",
-    "square.default", "mul.Scalar", "div.Scalar", "_to_copy.default", "to.dtype", "mish.default",
-})  # fmt: skip
-# One tensor, position by position, 0 to something else.
-POINTWISE = frozenset({
-    "sigmoid.default", "hardsigmoid.default", "softplus.default", "exp.default", "cos.default",
-    "add.Scalar", "sub.Scalar", "rsub.Scalar", "hardtanh.default", "clamp.default",
-    "clamp_min.default", "threshold.default",
-})  # fmt: skip
-SUMS = frozenset({"add.Tensor", "sub.Tensor", "maximum.default", "minimum.default"})
-MOVES = frozenset({
-    "reshape.default", "permute.default", "transpose.int", "t.default", "flatten.using_ints",
-    "unflatten.int", "unsqueeze.default", "squeeze.dim", "squeeze.dims",
-    "expand.default", "repeat.default", "cat.default", "stack.default", "split.Tensor",
-    "split_with_sizes.default", "chunk.default", "unbind.int", "slice.Tensor", "select.int",
-    "flip.default", "roll.default", "pixel_unshuffle.default", "channel_shuffle.default",
-    "movedim.int",
-})  # fmt: skip
-_ONE_BY_ONE = frozenset({"select.int", "unbind.int", "squeeze.dim", "squeeze.dims"})
-PADS = frozenset({
-    "pad.default", "constant_pad_nd.default", "reflection_pad1d.default",
-    "reflection_pad2d.default", "replication_pad1d.default", "replication_pad2d.default",
-})  # fmt: skip
-# Reduce the last axes to the sizes that the node states; the name carries their number.
-POOLS = ("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_")
-REDUCTIONS = frozenset({"mean.dim", "sum.dim_IntList", "amax.default", "amin.default"})
 
 
 @dataclass(eq=False)
@@ -88,6 +73,7 @@ class _Tracer:
         self.maps = IndexMaps(self.table, atoms, {})
         self.shapes = dict(graph.param_shapes)
         self.readers: dict[str, int] = {}
+        self.rides: dict[str, int] = {}
         for node in graph.nodes:
             for name in set(params_in(node.args)):
                 self.readers[name] = self.readers.get(name, 0) + 1
@@ -103,37 +89,38 @@ class _Tracer:
             self._pin_value(ref)
         for layer in self.graph.layers:
             self._tie_layer(layer)
+        for name, (_, vector) in self.maps.params.items():
+            if self.readers[name] > self.rides[name]:  # something else reads all of it
+                self.table.pin(vector)
         return self.maps
 
     # one operator
 
-    def _value(self, index: int, node: Node) -> Value:  # noqa: C901
-        op, args = node.op, node.args
-        if op == "sym_size.int" or op.startswith("size."):
-            return self._size(node)
-        if op == "getitem":
-            return self._item(node)
-        if op in LAYER_OPS:
+    def _value(self, index: int, node: Node) -> Value:
+        if node.op in LAYER_OPS:
             return self._layer(index, node)
-        if op in MOVES:
-            return self._move(node)
-        if op in SUMS or op in ("mul.Tensor", "div.Tensor"):
-            return self._binary(node)
-        if op in ZERO_KEEPING or (op in POINTWISE and _keeps_zero(node)):
-            return self._ids(args[0])
-        if op in POINTWISE:
-            return self.table.shadow(self._ids(args[0]))
-        if op in PADS:
-            return self._pad(node)
-        if op == "pixel_shuffle.default":
-            return self._pixel_shuffle(node)
-        if op.startswith(POOLS):
-            return self._pool(node)
-        if op in REDUCTIONS:
-            return self._reduce(node)
-        if op in ("prelu.default", "bitfront.channel_affine"):
-            return self._with_vectors(node)
-        return self._opaque(node)
+        rule = next((rule for ops, rule in self._rules if node.op in ops), self._opaque)
+        return rule(node)
+
+    @cached_property
+    def _rules(self) -> tuple[tuple[Container[str], Callable[[Node], Value]], ...]:
+        return (
+            (SIZES, self._size),
+            (("getitem",), self._item),
+            (MOVES, self._move),
+            (SUMS | {"mul.Tensor", "div.Tensor"}, self._binary),
+            (ZERO_KEEPING | POINTWISE, self._unary),
+            (PADS, self._pad),
+            (("pixel_shuffle.default",), self._pixel_shuffle),
+            (POOLS, self._pool),
+            (REDUCTIONS, self._reduce),
+            (("prelu.default", "bitfront.channel_affine"), self._with_vectors),
+        )
+
+    def _unary(self, node: Node) -> Ids:
+        ids = self._ids(node.args[0])
+        keeps = node.op in ZERO_KEEPING or keeps_zero(node)
+        return ids if keeps else self.table.shadow(ids)
 
     def _opaque(self, node: Node) -> Ids:
         for ref in refs_in(node.args):
@@ -161,19 +148,37 @@ class _Tracer:
             if isinstance(ids, np.ndarray) and ids.shape[axis] > 1:
                 self.table.pin(ids)
             return self.graph.nodes[source.index].shape[axis]
-        return int(implementation(node.op)(*(self._plain(arg) for arg in node.args)))
+        return int(implementation(node.op)(*(self._plain(arg, {}) for arg in node.args)))
 
-    def _plain(self, arg: Arg) -> object:
+    def _plain(self, arg: Arg, shapes: Mapping[int, Shape]) -> object:
+        """The argument with numbers for sizes and maps, spread to `shapes`, for values."""
         if isinstance(arg, Ref):
             value = self.maps.values[arg.index]
-            return self._full(arg) if isinstance(value, np.ndarray) else value
+            if not isinstance(value, np.ndarray):
+                return value
+            return torch.from_numpy(np.broadcast_to(value, shapes[arg.index]).copy())
         if isinstance(arg, tuple):
-            return [self._plain(item) for item in arg]
+            return [self._plain(item, shapes) for item in arg]
         return arg
 
-    def _full(self, ref: Ref) -> Tensor:
-        shape = self.graph.nodes[ref.index].shape
-        return torch.from_numpy(np.broadcast_to(self._ids(ref), shape).copy())
+    def _shapes_to_move(self, node: Node) -> dict[int, Shape]:
+        """The shapes that maps must be spread to before the operator can move them."""
+        full = {ref.index: self.graph.nodes[ref.index].shape for ref in refs_in(node.args)}
+        if node.op not in ALONG_ONE_AXIS:
+            return full
+        position, default = ALONG_ONE_AXIS[node.op]
+        axis = node.args[position] if len(node.args) > position else default
+        assert isinstance(axis, int)
+        axis %= len(node.shape)
+        heads = [self.maps.values[i] for i in full]
+        others = np.broadcast_shapes(
+            *(ids.take([0], axis).shape for ids in heads if isinstance(ids, np.ndarray))
+        )
+        return {
+            i: (*others[:axis], shape[axis], *others[axis + 1 :])
+            for i, shape in full.items()
+            if shape
+        }
 
     def _item(self, node: Node) -> Value:
         source, number = node.args
@@ -207,14 +212,18 @@ class _Tracer:
     def _move(self, node: Node) -> Value:
         if any(True for _ in params_in(node.args)):
             return self._opaque(node)
-        if node.op in _ONE_BY_ONE and self._picks_channels(node):
+        if node.op in ONE_BY_ONE and self._picks_channels(node):
             self._pin_value(next(refs_in(node.args)))
         if node.op in ("flip.default", "roll.default") and len(self._axes_of(node)) > 1:
             self._pin_value(next(refs_in(node.args)))
-        moved = implementation(node.op)(*(self._plain(arg) for arg in node.args))
+        shapes = self._shapes_to_move(node)
+        moved = implementation(node.op)(*(self._plain(arg, shapes) for arg in node.args))
+        parts = (moved,) if isinstance(moved, Tensor) else moved
+        if not all(part.numel() for part in parts):
+            return self._opaque(node)
         if not isinstance(moved, Tensor):
-            return tuple(_compressed(part.numpy()) for part in moved)
-        ids = _compressed(moved.numpy())
+            return tuple(compressed(part.numpy()) for part in moved)
+        ids = compressed(moved.numpy())
         sizes = node.args[-1] if isinstance(node.args[-1], tuple) else ()
         if node.op in ("reshape.default", "expand.default") and any(
             isinstance(size, Ref) and ids.shape[axis] > 1 for axis, size in enumerate(sizes)
@@ -231,7 +240,7 @@ class _Tracer:
         return any(isinstance(axis, int) and ids.shape[axis] > 1 for axis in self._axes_of(node))
 
     def _binary(self, node: Node) -> Ids:
-        left, right = node.args[0], node.args[1]
+        left, right = (self._tensor_or_number(arg) for arg in node.args[:2])
         if isinstance(left, Ref) and isinstance(right, Ref):
             if node.op == "div.Tensor":
                 return self._opaque(node)
@@ -249,6 +258,10 @@ class _Tracer:
         keeps = node.op in ("mul.Tensor", "div.Tensor")
         return ids if keeps else self.table.shadow(ids)
 
+    def _tensor_or_number(self, arg: Arg) -> Arg:
+        value = self.maps.values[arg.index] if isinstance(arg, Ref) else None
+        return value if isinstance(value, int) else arg
+
     def _aligned(self, ref: Ref, node: Node) -> Ids:
         ids = self._ids(ref)
         return ids.reshape((1,) * (len(node.shape) - ids.ndim) + ids.shape)
@@ -260,15 +273,7 @@ class _Tracer:
         if len(axes) > 1:
             self.table.pin(ids)
             return
-        axis = axes[0] - (len(padded) - len(self.shapes[name]))
-        vector = ids.reshape(-1)
-        known = self.maps.params.get(name)
-        if known is not None and (known[0] != axis or known[1].size != vector.size):
-            self.table.pin(vector)
-            self.table.pin(known[1])
-        elif known is not None:
-            self.table.tie(known[1], vector)
-        self.maps.params[name] = (axis, vector)
+        self._ride_along(name, axes[0] - (len(padded) - len(self.shapes[name])), ids.reshape(-1))
 
     def _with_vectors(self, node: Node) -> Ids:
         source = node.args[0]
@@ -281,12 +286,17 @@ class _Tracer:
             if math.prod(self.shapes[name]) > 1:
                 padded[axis] = math.prod(self.shapes[name])
             if varying_axes(ids) == [axis] and padded[axis] > 1:
-                self._ride_vector(name, ids)
+                self._ride_along(name, 0, ids.reshape(-1))
         return ids if node.op == "prelu.default" else self.table.shadow(ids)
 
-    def _ride_vector(self, name: str, ids: Ids) -> None:
-        known = self.maps.params.setdefault(name, (0, ids.reshape(-1)))
-        self.table.tie(known[1], ids.reshape(-1))
+    def _ride_along(self, name: str, axis: int, vector: Ids) -> None:
+        known = self.maps.params.setdefault(name, (axis, vector))
+        self.rides[name] = self.rides.get(name, 0) + 1
+        if known[0] != axis or known[1].size != vector.size:
+            self.table.pin(vector)
+            self.table.pin(known[1])
+        else:
+            self.table.tie(known[1], vector)
 
     def _pad(self, node: Node) -> Ids:
         ids = self._ids(node.args[0]).copy()
@@ -332,7 +342,7 @@ class _Tracer:
             return self._opaque(node)
         two_values = "with_indices" in node.op or node.op.startswith("adaptive_max")
         if two_values:
-            return ids, np.full(ids.shape, OPAQUE, np.int64)
+            return ids, self.table.shadow(ids)
         return ids
 
     def _reduce(self, node: Node) -> Ids:
@@ -368,31 +378,3 @@ class _Tracer:
                 np.split(inputs[0], layer.groups), np.split(atoms, layer.groups), strict=True
             ):
                 self.table.tie_all([*ins, *outs])
-
-
-def _keeps_zero(node: Node) -> bool:
-    if node.op in ("hardtanh.default", "clamp.default", "clamp_min.default"):
-        bounds = (*node.args[1:3], None, None)
-        low, high = bounds[0], bounds[1]
-        if node.op == "hardtanh.default":
-            low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
-        return all(b is None or isinstance(b, int | float) for b in (low, high)) and (
-            (low is None or low <= 0) and (high is None or high >= 0)  # type: ignore[operator]
-        )
-    return False
-
-
-def _compressed(ids: Ids) -> Ids:
-    """The smallest array that broadcasts to `ids`."""
-    for axis in range(ids.ndim):
-        head = ids.take([0], axis)
-        if ids.shape[axis] > 1 and bool((ids == head).all()):
-            ids = head
-    return np.ascontiguousarray(ids)
-
-
-def pad_pairs(amounts: tuple[Arg, ...], rank: int) -> list[tuple[int, int]]:
-    """(before, after) for each axis of a value; torch lists the pairs from the last axis on."""
-    numbers = [n for n in amounts if isinstance(n, int)]
-    pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
-    return [(0, 0)] * (rank - len(pairs)) + pairs[::-1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant_ops.candidate import Candidate
 from quant_ops.channels import ChannelAnalysis, analyse, zero_atoms
-from quant_ops.graph import Graph, Layer, Params
+from quant_ops.graph import Graph, Layer, Params, Shape
 from quant_ops.layout import from_canonical, to_canonical
 from quant_ops.rewriting import rewrite
 from quant_ops.slots import Ids
@@ -130,7 +130,7 @@ def remove_channels(
     for name, (axis, positions) in removal.params.items():
         kept[name] = params[name].index_select(axis, torch.from_numpy(positions))
     shapes = tuple((name, tuple(kept[name].shape)) for name, _ in graph.param_shapes)
-    layers = tuple(replace(x, weight_shape=tuple(kept[x.weight].shape)) for x in layers)
+    layers = tuple(_with_shape(layer, tuple(kept[layer.weight].shape)) for layer in layers)
     gone = removal.removed[analyse(graph).component]
     return rewrite(
         replace(graph, layers=layers, param_shapes=shapes), analyse(graph).maps, gone
@@ -144,6 +144,11 @@ def _smaller_layer(layer: Layer, removal: Removal) -> Layer:
     groups = layer.groups * out_channels // layer.out_channels if layer.groups > 1 else 1
     macs = layer.macs // layer.n_weights * removal.n_weights(layer)
     return replace(layer, out_channels=out_channels, groups=groups, macs=macs)
+
+
+def _with_shape(layer: Layer, shape: Shape) -> Layer:
+    out_channels = shape[0] if layer.kind == "other" else layer.out_channels
+    return replace(layer, weight_shape=shape, out_channels=out_channels)
 
 
 def _cut_weight(layer: Layer, smaller: Layer, weight: Tensor, removal: Removal) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from quant_ops.graph import Arg, Graph, Node, Ref, map_refs
-from quant_ops.index_maps import IndexMaps, pad_pairs, varying_axes
+from quant_ops.index_maps import IndexMaps, varying_axes
+from quant_ops.operator_kinds import pad_pairs
 from quant_ops.operators import CONV, CONV_TRANSPOSE, implementation
 from quant_ops.slots import Ids
 
