@@ -252,15 +252,16 @@ class WeightBank:
         zero: Tensor | None,
     ) -> tuple[str, Levels, StoredScale]:
         """Scheme, levels and scales; for "auto" those of the smaller error over the layer."""
+        importance = self._importance(layer, group_size)
+        weighting = importance if self._range_setter == "weighted_mse" else None
         tried = ("mid_tread", "mid_rise") if scheme == "auto" else (scheme,)
         options = []
         for name in dict.fromkeys(effective_scheme(bit_width, s) for s in tried):
             levels = levels_of(bit_width, name, zero)
-            scale = weight_scales(rows, bit_width, levels, self._range_setter)
+            scale = weight_scales(rows, bit_width, levels, self._range_setter, weighting)
             options.append((name, levels, scale))
         if len(options) == 1:
             return options[0]
-        importance = self._importance(layer, group_size)
         errors = [
             float(squared_errors(rows, torch.from_numpy(s.values)[None], v, importance).sum())
             for _, v, s in options

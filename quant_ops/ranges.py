@@ -82,6 +82,7 @@ RANGE_SETTERS: dict[str, RangeSetter] = {
     "minmax": minmax_scale,
     "percentile": percentile_scale,
     "mse": mse_scale,
+    "weighted_mse": mse_scale,  # by the mean square of the input that each weight meets
     "twn": twn_scale,
 }
 
@@ -97,7 +98,8 @@ def weight_scales(
 
     The base comes from all rows, so that it does not depend on which of them are used. Least
     squared error is decided among the stored values themselves; binary is mean |w| always, and
-    "twn" applies to ternary, with "mse" for the other widths.
+    "twn" applies to ternary, with "mse" for the other widths. The caller gives `importance` where
+    errors are to be weighted.
     """
     if bit_width == 1:
         return StoredScale.nearest(mean_abs_scale(rows, levels, importance).numpy())
@@ -105,7 +107,9 @@ def weight_scales(
         range_setter = "mse"
     wanted = _setter(range_setter)(rows, levels, importance)
     stored = StoredScale.nearest(wanted.numpy())
-    return _polished(rows, levels, importance, stored) if range_setter == "mse" else stored
+    if _setter(range_setter) is not mse_scale:
+        return stored
+    return _polished(rows, levels, importance, stored)
 
 
 def zero_points(rows: Tensor, bit_width: float) -> Tensor:

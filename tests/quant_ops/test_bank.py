@@ -66,7 +66,7 @@ candidates = st.fixed_dictionaries(
 SHARED_BANK = bank()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(candidates)
 def test_cached_parameters_equal_the_quantized_model(candidate):
     params = SHARED_BANK.params(candidate)
@@ -78,7 +78,7 @@ def test_cached_parameters_equal_the_quantized_model(candidate):
     assert all(again[name] is params[name] for name in params)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(candidates)
 def test_codes_are_legal_and_rows_of_width_zero_are_zero(candidate):
     model = SHARED_BANK.quantize(candidate)
@@ -203,3 +203,19 @@ def test_mistakes_are_named():
     broken = {**TRACED.params, "conv.weight": TRACED.params["conv.weight"] * float("nan")}
     with pytest.raises(ValueError, match="'conv' has NaN"):
         WeightBank(TRACED.graph, broken, CALIBRATION).params(Candidate.of({"conv": 4}))
+
+
+@pytest.mark.parametrize("name", ["conv", "depthwise", "up"])
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_weighted_setter_lowers_the_weighted_error(name, group_size):
+    layer = TRACED.graph.layer_of[name]
+    square = CALIBRATION.input_square[name].reshape(layer.groups, 1, -1, 1)
+    wanted = to_canonical(layer, TRACED.params[layer.weight])
+
+    def error(setter):
+        quant = LayerQuant((3,), "mid_rise", group_size)
+        found = to_canonical(layer, bank(range_setter=setter).layer(name, quant).weight(layer))
+        change = (found - wanted).reshape(layer.groups, -1, *wanted.shape[1:])
+        return float((change.square() * square).sum())
+
+    assert error("weighted_mse") <= 1.001 * error("mse")
