@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, sparse
 
+from search.quiet import native_stdout_discarded
+
 Values: TypeAlias = Sequence[NDArray[np.float64]]  # per group, one number per choice
 Choice: TypeAlias = tuple[int, ...]  # per group, the position chosen
 
@@ -221,13 +223,14 @@ def _solve(
         constraints.append(
             _optimize.LinearConstraint(row[None, :] / largest, -np.inf, max(left, 0) / largest)
         )
-    result = _optimize.milp(
-        objective,
-        integrality=np.ones(len(objective)),
-        bounds=(0.0, 1.0),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0, "node_limit": NODE_LIMIT},
-    )
+    with native_stdout_discarded():
+        result = _optimize.milp(
+            objective,
+            integrality=np.ones(len(objective)),
+            bounds=(0.0, 1.0),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0, "node_limit": NODE_LIMIT},
+        )
     if result.x is None:
         return None
     return tuple(int(np.argmax(result.x[a:b])) for a, b in pairwise(starts))

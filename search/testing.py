@@ -113,7 +113,7 @@ class FakeContext:
     task: AdditiveTask
     budgets: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
-    trials: int = 60
+    trials: int = 40
     batch_size: int = 4
     strategy: str = ""
     record: list[Evaluation] = field(default_factory=list)
@@ -245,7 +245,7 @@ class StrategyContract:
             return
         task = AdditiveTask.make(n_layers=4, n_edges=4)
         bops = task.bops(task.space.largest())
-        record = self.run(task, budgets={"bops": bops / 4})
+        record = self.run(task, budgets={"bops": bops / 4}, trials=30)
         assert all(task.space.contains(e.candidate) for e in record)
         assert len({e.candidate.activations for e in record}) > 1
 

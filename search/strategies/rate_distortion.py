@@ -11,7 +11,7 @@ from search.strategies.distortion import DistortionTable, measure_table
 from search.strategies.uniform import evaluate_in_batches
 from search.strategy import Context, Strategy, Traits
 
-REPAIRS = 10  # how often limits are tightened because the exact cost is above the sum
+REPAIRS = 6  # how often limits are tightened because the exact cost is above the sum
 
 
 class RateDistortion(Strategy):
@@ -77,11 +77,12 @@ class Program:
         """The best candidate by the table of at most `size_bytes`, inside every budget, or None.
 
         A candidate whose exact costs are over a limit is replaced by the next one, found under
-        a limit that is tighter by the excess.
+        a limit that is tighter by the excess; by a growing multiple of it where that is not
+        enough, as with a product of two widths far from the widest.
         """
         limits = {**self.linear, "size_bytes": size_bytes}
         tightened = dict(limits)
-        for _ in range(REPAIRS):
+        for attempt in range(REPAIRS):
             choice = allocate(self.table.losses, self.table.costs, self.table.limits(tightened))
             if choice is None:
                 return None
@@ -90,7 +91,7 @@ class Program:
             if within(limits, exact):
                 return candidate if within(self.context.budgets, exact) else None
             for name, limit in limits.items():
-                tightened[name] -= max(0.0, exact[name] - limit)
+                tightened[name] -= (1 + attempt) * max(0.0, exact[name] - limit)
         return None
 
 
