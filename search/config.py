@@ -14,6 +14,7 @@ from quant_ops.errors import UsageError
 FORMAT = "bitfront-config"
 VERSION = 1
 DEFAULT_TRIALS = 160
+CORRECTIONS = ("none", "mean", "mean-spread")
 # Kullback-Leibler losses of a thousand images rank candidates as well as all of them do; the
 # finished front is measured on the whole validation split.
 SEARCH_SAMPLES = 1024
@@ -39,7 +40,8 @@ class RunConfig:
     granularity: str = "layer"
     target: str = "packed"
     scheme: str = "auto"
-    range_setter: str = "mse"
+    range_setter: str = "weighted_mse"
+    correction: str = "mean-spread"
     objective: str = "loss"
     workers: int = 0
     ray_address: str | None = None

@@ -38,6 +38,7 @@ class EvaluatorSpec:
     by_target: bool
     task_metric: Metric
     range_setter: str
+    correction: str
 
     def __call__(self) -> Evaluator:
         return Evaluator(
@@ -47,6 +48,8 @@ class EvaluatorSpec:
                 self.traced.params,
                 self.calibration,
                 range_setter=self.range_setter,
+                bias_correction=self.correction != "none",
+                spread_correction=self.correction == "mean-spread",
             ),
             self.splits,
             quality_loss=self.quality_loss,
@@ -123,6 +126,7 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         by_target=by_metric,
         task_metric=task.metric,
         range_setter=config.range_setter,
+        correction=config.correction,
     )
     return Prepared(task, config, traced, space, spec)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from search.config import PROBE_SAMPLES, SEARCH_SAMPLES, RunConfig
+from search.config import CORRECTIONS, PROBE_SAMPLES, SEARCH_SAMPLES, RunConfig
 
 TaskOption = Annotated[
     str, typer.Option("--task", "-t", help="Built-in name, file.py:function or module:function.")
@@ -38,7 +38,14 @@ SchemeOption = Annotated[
     str, typer.Option("--scheme", help="auto, mid_tread, mid_rise or affine weight levels.")
 ]
 RangeOption = Annotated[
-    str, typer.Option("--range-setter", help="How scales are chosen: mse, minmax or percentile.")
+    str,
+    typer.Option(
+        "--range-setter", help="How scales are chosen: weighted_mse, mse, minmax, percentile, twn."
+    ),
+]
+CorrectionOption = Annotated[
+    str,
+    typer.Option("--correction", help="Per channel: none, mean (bias), mean-spread (and scale)."),
 ]
 ObjectiveOption = Annotated[
     str,
@@ -77,7 +84,8 @@ def run(
     granularity: GranularityOption = "layer",
     target: TargetOption = "packed",
     scheme: SchemeOption = "auto",
-    range_setter: RangeOption = "mse",
+    range_setter: RangeOption = "weighted_mse",
+    correction: CorrectionOption = "mean-spread",
     objective: ObjectiveOption = "loss",
     search_samples: Annotated[
         int, typer.Option(min=1, help="Validation samples that judge a candidate.")
@@ -106,6 +114,7 @@ def run(
     With --resume every other option but --budget, --max-drop, --pin, --bits, --trials,
     --time-limit, --workers, --ray-address and --threads keeps its stored value.
     """
+    from quant_ops.ranges import RANGE_SETTERS
     from search.cli.running import execute, resumed_config
     from search.durations import parse_duration
 
@@ -132,7 +141,8 @@ def run(
         granularity=_one_of(granularity, ("layer", "group", "channel"), "--granularity"),
         target=target,
         scheme=_one_of(scheme, ("auto", "mid_tread", "mid_rise", "affine"), "--scheme"),
-        range_setter=_one_of(range_setter, ("mse", "minmax", "percentile"), "--range-setter"),
+        range_setter=_one_of(range_setter, tuple(RANGE_SETTERS), "--range-setter"),
+        correction=_one_of(correction, CORRECTIONS, "--correction"),
         objective=_one_of(objective, ("loss", "metric"), "--objective"),
         search_samples=search_samples,
         probe_samples=probe_samples,
