@@ -4,9 +4,9 @@ import math
 from typing import ClassVar
 
 from cost_models.base import CostModel, Kind
-from cost_models.edges import edge_names, width_of
 from quant_ops.bit_widths import FLOAT_BITS
 from quant_ops.candidate import Candidate, LayerQuant
+from quant_ops.edges import edge_of
 from quant_ops.graph import Graph, Layer, Ref
 from quant_ops.removal import Removal, plan_removal
 
@@ -40,13 +40,13 @@ class BOPs(CostModel):
 
 def _input_bits(graph: Graph, layer: Layer, activation_bits: dict[str, int]) -> float:
     """Bits of the layer's input, the mean over its calls weighted by their work."""
-    names = edge_names(graph)
     total = work = 0
     for site in layer.sites:
         source = graph.nodes[site].args[0]
         size = math.prod(graph.nodes[site].shape)
         if isinstance(source, Ref):
-            total += size * width_of(names[source.index], activation_bits)
+            edge = edge_of(graph, source.index)
+            total += size * activation_bits.get(edge or "", FLOAT_BITS)
             work += size
     return total / work if work else FLOAT_BITS
 

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from cost_models.base import CostModel, Kind
-from cost_models.edges import ACTIVATIONS, edge_names
 from quant_ops.candidate import Candidate
 from quant_ops.channels import analyse
+from quant_ops.edges import FUSIBLE, edge_of
 from quant_ops.graph import Graph, Ref, refs_in
 from quant_ops.index_maps import varying_axes
 from quant_ops.operator_kinds import MOVES, POINTWISE, SUMS, ZERO_KEEPING
@@ -69,7 +69,7 @@ class _Plan:
     Attributes:
         elements: per cell, for one sample.
         float_bits: bits per element of each cell when it is not quantized.
-        names: per cell the edges that may state its width, nearest first.
+        edges: per cell the edge that states its width, if any.
         alive: (nodes, cells), 1 where a cell is in use while a node runs.
         steps, overwritten, written: nodes that work in place, the cell that each reads for the
             last time and the cell that it puts in its place.
@@ -79,7 +79,7 @@ class _Plan:
 
     elements: Ids
     float_bits: Ids
-    names: tuple[tuple[str, ...], ...]
+    edges: tuple[str | None, ...]
     alive: NDArray[np.int64]
     steps: Ids
     overwritten: Ids
@@ -91,11 +91,9 @@ class _Plan:
     def widths(self, activation_bits: dict[str, int]) -> Ids:
         """Bits per element of each cell."""
         bits = self.float_bits.copy()
-        for cell, names in enumerate(self.names):
-            for name in names:
-                if name in activation_bits:
-                    bits[cell] = activation_bits[name]
-                    break
+        for cell, edge in enumerate(self.edges):
+            if edge in activation_bits:
+                bits[cell] = activation_bits[edge]
         return bits
 
 
@@ -108,13 +106,12 @@ def _plan(graph: Graph) -> _Plan:
         alive[first[cell] : last[cell] + 1, cell] = 1
     steps, overwritten, written = _in_place(graph, cell_of, heads, last)
     tails = {cell: index for index, cell in enumerate(cell_of) if cell is not None}
-    names = edge_names(graph)
     vectors = [_components(graph, head) for head in heads]
     n_slots = np.array([v.size for v in vectors], np.int64)
     return _Plan(
         elements=np.array([math.prod(graph.nodes[h].shape) for h in heads], np.int64),
         float_bits=np.array([_bits_of(graph.nodes[h].dtype) for h in heads], np.int64),
-        names=tuple(names[tails[cell]] for cell in range(len(heads))),
+        edges=tuple(edge_of(graph, tails[cell]) for cell in range(len(heads))),
         alive=alive,
         steps=steps,
         overwritten=overwritten,
@@ -157,7 +154,7 @@ def _cells(graph: Graph) -> tuple[list[int | None], list[int]]:
 
 def _is_fused(graph: Graph, op: str, source: int) -> bool:
     return (
-        op in ACTIVATIONS
+        op in FUSIBLE
         and graph.nodes[source].op in _FUSES_ACTIVATION
         and len(graph.consumers[source]) == 1
         and Ref(source) not in graph.outputs
