@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from quant_ops.errors import UsageError
+from search.atomic import write_text
 
 FORMAT = "bitfront-config"
 VERSION = 1
@@ -92,7 +93,11 @@ def environment() -> dict[str, str]:
 
 
 def write_config(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> None:
-    """Write config.json: what was asked, versions, digests of model and data."""
+    """Write config.json: what was asked, versions, digests of model and data.
+
+    Raises:
+        EnvironmentFault: the folder cannot be written.
+    """
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -100,10 +105,7 @@ def write_config(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> N
         "environment": environment(),
         **facts,
     }
-    path = folder / "config.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_text(folder / "config.json", json.dumps(content, indent=1) + "\n")
 
 
 def read_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What a strategy sees of the engine: evaluation, history, limits; everything recorded."""
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,16 @@ from quant_ops.quantized import QuantizedModel
 from search.evaluation import Evaluation
 from search.evaluator import Evaluator
 from search.finish import packed_path
+from search.journal import writing
 from search.record import Record
 from search.runners.base import Job, Runner
 from search.space import SearchSpace
 from search.strategy import SearchOver
 
 EDGE_PREFIX = "edge:"
+# Proposals depend on the size of a batch: up to two workers propose what one process does.
+BATCH_SIZE = 8
+JOBS_PER_WORKER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +40,15 @@ class ProbeLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.losses: dict[str, float] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    key, loss = json.loads(line)
-                except ValueError:
-                    continue  # the line that was being written when the process was killed
-                self.losses[key] = loss
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):  # the line that was being written when the process was killed
+            os.truncate(path, whole)
+        for line in content[:whole].splitlines():
+            key, loss = json.loads(line)
+            self.losses[key] = loss
 
     @staticmethod
     def key(change: Mapping[str, float]) -> str:
@@ -51,7 +58,7 @@ class ProbeLog:
     def add(self, key: str, loss: float) -> None:
         """Keep one answer, on disk at once."""
         self.losses[key] = loss
-        with self._path.open("a") as file:
+        with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps([key, loss]) + "\n")
 
 
@@ -96,7 +103,7 @@ class RunContext:
         self.budgets = budgets
         self.costs = costs
         self.seed = seed
-        self.batch_size = 8 * runner.n_workers
+        self.batch_size = max(BATCH_SIZE, JOBS_PER_WORKER * runner.n_workers)
         self.strategy = ""
         self._limits = Limits(None, None)
         self._runner = runner

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from quant_ops.errors import BudgetError, EnvironmentFault, UsageError
+from quant_ops.errors import BudgetError, UsageError
 from search.budget import Budgets, format_cost
 from search.config import RunConfig, read_config, write_config
 from search.context import Limits, Listener, RunContext
@@ -68,8 +68,9 @@ def run_search(
     asked = Budgets.parse(config.budgets)
     budgets = asked.limits
     require_reachable(prepared, budgets)
-    asked_before = _claim_folder(prepared, folder, resume)
-    record = _open_record(prepared, folder)
+    _require_strategies(config)
+    answered = _claim_folder(prepared, folder, resume)
+    record = _open_record(prepared, folder, resume)
     listener.on_phase("measuring the float model")
     prepared.evaluator.judge("search")
     runner = _make_runner(prepared)
@@ -87,10 +88,11 @@ def run_search(
             evaluator=prepared.evaluator,
             listener=listener,
         )
-        if asked_before is None or not _is_answered(folder, asked_before, config):
+        if answered is None or _asks_for_more(answered, config):
             _run_strategies(context, config)
-        elif _is_new_question(asked_before, config):
+        elif _is_new_question(answered, config):
             _answer_from_record(context)
+        _write_config(prepared, folder, answered=config)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -180,12 +182,29 @@ def front_info(prepared: Prepared, budgets: Budgets) -> FrontInfo:
     )
 
 
+def require_new_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything.
+
+    Raises:
+        UsageError: it is a file, or not empty.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; choose a folder for --out")
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(
+            f"{folder} is not empty; choose another --out, or go on with the run it holds: "
+            f"--resume {folder}"
+        )
+
+
 def _claim_folder(prepared: Prepared, folder: Path, resume: bool) -> RunConfig | None:
-    """Write config.json, or check that it is of this model and data; the earlier settings."""
-    before: RunConfig | None = None
-    facts = {"digests": prepared.digests, "task_name": prepared.task.name}
+    """Write config.json, or check that it is of this model and data.
+
+    Gives the settings under which the strategies last came to their end, None if never.
+    """
+    answered: RunConfig | None = None
     if resume:
-        before, stored = read_config(folder)
+        _, stored = read_config(folder)
         for what, digest in prepared.digests.items():
             if stored["digests"].get(what) != digest:
                 raise UsageError(
@@ -193,26 +212,40 @@ def _claim_folder(prepared: Prepared, folder: Path, resume: bool) -> RunConfig |
                     f"{stored['digests'].get(what)}, now it is {digest}; start a new run without "
                     f"--resume"
                 )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(
-            f"{folder} is not empty; choose another --out, or go on with the run it holds: "
-            f"--resume {folder}"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, prepared.config, facts)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"{folder} cannot be written: {error.strerror}; choose another --out"
-        ) from error
-    return before
+        if stored.get("answered") is not None:
+            answered = RunConfig.from_json(stored["answered"])
+    else:
+        require_new_folder(folder)
+    _write_config(prepared, folder, answered=answered)
+    return answered
 
 
-def _open_record(prepared: Prepared, folder: Path) -> Record:
+def _write_config(prepared: Prepared, folder: Path, *, answered: RunConfig | None) -> None:
+    facts = {
+        "digests": prepared.digests,
+        "task_name": prepared.task.name,
+        "answered": None if answered is None else answered.to_json(),
+    }
+    write_config(folder, prepared.config, facts)
+
+
+def _open_record(prepared: Prepared, folder: Path, resume: bool) -> Record:
     name, storage = prepared.task.name, prepared.config.storage
-    if (folder / JOURNAL).exists():
-        return Record.open(folder, storage=storage)
+    # a run that was killed before its first trial may have no record yet
+    if (folder / JOURNAL).exists() or (resume and storage is not None):
+        return Record.open(folder, name=name, storage=storage)
     return Record.create(folder, name=name, metadata=prepared.digests, storage=storage)
+
+
+def _require_strategies(config: RunConfig) -> None:
+    """Refuse unknown strategies and settings before anything is written or measured."""
+    settings = _settings_of(config)
+    for name in {*config.strategies, *settings}:
+        make_strategy(name, settings.get(name))
+
+
+def _settings_of(config: RunConfig) -> dict[str, dict[str, str]]:
+    return parse_settings(f"{key}={value}" for key, value in config.settings.items())
 
 
 def _make_runner(prepared: Prepared) -> Runner:
@@ -229,7 +262,7 @@ def _make_runner(prepared: Prepared) -> Runner:
 def _run_strategies(context: RunContext, config: RunConfig) -> None:
     """One strategy after the other, each with an equal share of what is left."""
     started = time.monotonic()
-    settings = parse_settings(f"{key}={value}" for key, value in config.settings.items())
+    settings = _settings_of(config)
     used = 0
     for position, name in enumerate(config.strategies):
         n_left = len(config.strategies) - position
@@ -246,14 +279,15 @@ def _run_strategies(context: RunContext, config: RunConfig) -> None:
         used += context.n_used
 
 
-def _is_answered(folder: Path, before: RunConfig, now: RunConfig) -> bool:
-    """Whether the run had come to its end, and no more trials or time are asked for."""
-    longer = (now.trial_limit, now.time_limit_s) != (before.trial_limit, before.time_limit_s)
-    return (folder / "front.json").exists() and not longer
+def _asks_for_more(answered: RunConfig, now: RunConfig) -> bool:
+    """Whether other trials or time are asked for than those that are used up."""
+    limits = (now.trial_limit, now.time_limit_s)
+    return limits != (answered.trial_limit, answered.time_limit_s)
 
 
-def _is_new_question(before: RunConfig, now: RunConfig) -> bool:
-    return (before.budgets, before.pins, before.bits) != (now.budgets, now.pins, now.bits)
+def _is_new_question(answered: RunConfig, now: RunConfig) -> bool:
+    before = (answered.budgets, answered.pins, answered.bits)
+    return before != (now.budgets, now.pins, now.bits)
 
 
 def _answer_from_record(context: RunContext) -> None:

@@ -100,7 +100,12 @@ class Judge:
 
 
 def _are_logits(outputs: Any) -> bool:
-    return isinstance(outputs, Tensor) and outputs.dim() >= 2 and outputs.is_floating_point()
+    return (
+        isinstance(outputs, Tensor)
+        and outputs.is_floating_point()
+        and outputs.dim() >= 2
+        and outputs.shape[1] > 1
+    )
 
 
 class Evaluator:

@@ -1,6 +1,5 @@
 """`search export`: one point of a run as an artefact of its own."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from search.budget import format_size, parse_size
 from search.config import RunConfig, read_config
 from search.dominance import non_dominated
 from search.evaluation import Evaluation
-from search.finish import pack_trial, packed_path
+from search.finish import pack_trial
 from search.front import ParetoFront
 from search.prepare import Prepared, prepare
 from search.record import Record
@@ -67,11 +66,11 @@ def export_trial(
     if out.is_dir():
         raise UsageError(f"--out must name a file, {out} is a folder")
     config, _ = read_config(run)
-    evaluation = choose_trial(run, trial=trial, best=best)
+    evaluation = choose_trial(run, trial=trial, best=best, storage=config.storage)
     prepared = _prepare(config, data)
     packed = pack_trial(prepared, evaluation, run)
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(packed_path(run, evaluation.trial), out)
+    packed.save(out)
     written = PackedModel.load(out)
     inputs, _ = prepared.spec.splits["validation"].batches[0]
     vectors = make_vectors(written, inputs)
@@ -87,7 +86,9 @@ def export_trial(
     )
 
 
-def choose_trial(run: Path, *, trial: int | None, best: str | None) -> Evaluation:
+def choose_trial(
+    run: Path, *, trial: int | None, best: str | None, storage: str | None = None
+) -> Evaluation:
     """The trial asked for by number or by size.
 
     Raises:
@@ -95,7 +96,7 @@ def choose_trial(run: Path, *, trial: int | None, best: str | None) -> Evaluatio
     """
     if (trial is None) == (best is None):
         raise UsageError("name one point: either --trial NUMBER or --best SIZE")
-    evaluations = Record.open(run).evaluations()
+    evaluations = Record.open(run, storage=storage).evaluations()
     if trial is not None:
         for evaluation in evaluations:
             if evaluation.trial == trial and not evaluation.pruned:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from quant_ops.errors import VerificationError
 from quant_ops.packed import PackedModel
+from search.atomic import write_bytes
 from search.finish import runner_of
 
 N_VECTORS = 32
@@ -36,7 +37,8 @@ class Vectors:
         """Write to `path`."""
         tensors = {f"input.{i}": x.contiguous() for i, x in enumerate(self.inputs)}
         tensors |= {f"output.{i}": x.contiguous() for i, x in enumerate(self.outputs)}
-        save_file(tensors, path, metadata={"format": "bitfront-vectors", "digest": self.digest})
+        metadata = {"format": "bitfront-vectors", "digest": self.digest}
+        write_bytes(path, save(tensors, metadata))
 
     @classmethod
     def load(cls, path: Path, digest: str) -> "Vectors":

@@ -132,7 +132,7 @@ def _compare_with_run(
     from search.record import Record
 
     digests = {}
-    for evaluation in Record.open(run).evaluations():
+    for evaluation in Record.open(run, storage=config.storage).evaluations():
         if evaluation.size_bytes == packed.size_bytes and not evaluation.pruned:
             digests[evaluation.trial] = evaluation
     for trial, evaluation in digests.items():

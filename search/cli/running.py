@@ -1,5 +1,6 @@
 """What `search run` does once its options are parsed."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from quant_ops.errors import NothingFeasibleError
 from search.budget import format_size
 from search.config import RunConfig, read_config
-from search.engine import Finished, run_search
+from search.engine import Finished, require_new_folder, run_search
 from search.folders import new_folder
 from search.progress import ConsoleListener
 from search.tables import print_front, stdout_console
@@ -43,6 +44,8 @@ def execute(config: RunConfig, out: Path | None, *, resume: bool, as_json: bool)
     """Run, print the front, return the exit code."""
     listener = ConsoleListener(trials=config.trial_limit, time_limit_s=config.time_limit_s)
     with listener:
+        if out is not None and not resume:
+            require_new_folder(out)
         task = load_task_for(config, listener)
         folder = out if out is not None else new_folder(task.name)
         finished = run_search(task, config, folder, listener=listener, resume=resume)
@@ -59,15 +62,18 @@ def execute(config: RunConfig, out: Path | None, *, resume: bool, as_json: bool)
 
 def report(finished: Finished, config: RunConfig, *, as_json: bool) -> None:
     """Print the front on stdout."""
+    wanted = config.max_drop
     if as_json:
-        print((finished.folder / "front.json").read_text(), end="")
+        chosen = None if wanted is None else finished.front.within_drop(wanted).trial
+        facts = {"folder": str(finished.folder), "within_max_drop": chosen}
+        print(json.dumps({**finished.front.to_json(), **facts}, indent=1))
         return
     console = stdout_console()
     print_front(finished.front, console)
-    if config.max_drop is not None:
-        point = finished.front.within_drop(config.max_drop)
+    if wanted is not None:
+        point = finished.front.within_drop(wanted)
         console.print(
-            f"smallest within {config.max_drop:g} of float: trial {point.trial}, "
+            f"smallest within {wanted:g} of float: trial {point.trial}, "
             f"{format_size(point.size_bytes)}",
             style="bold",
         )
