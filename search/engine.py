@@ -22,6 +22,7 @@ from search.prepare import Prepared, prepare
 from search.record import JOURNAL, Record
 from search.runners.base import Runner
 from search.runners.in_process import InProcess
+from search.show import read_front, write_unfinished
 from search.strategies.table import make_strategy, parse_settings
 from search.strategy import SearchOver
 from search.task import Task
@@ -72,7 +73,10 @@ def run_search(
     answered = _claim_folder(prepared, folder, resume)
     record = _open_record(prepared, folder, resume)
     listener.on_phase("measuring the float model")
+    info = front_info(prepared, asked)
     prepared.evaluator.judge("search")
+    if answered is None:
+        write_unfinished(folder, info)
     runner = _make_runner(prepared)
     started = time.monotonic()
     interrupted = False
@@ -97,9 +101,10 @@ def run_search(
         interrupted = True
     finally:
         runner.close()
+    if interrupted:
+        return Finished(folder, read_front(folder), prepared, interrupted)
     listener.on_phase("packing and checking the front")
-    seconds = time.monotonic() - started
-    front = finish(prepared, record, folder, asked, seconds, listener)
+    front = finish(prepared, record, folder, info, time.monotonic() - started, listener)
     return Finished(folder, front, prepared, interrupted)
 
 
@@ -128,7 +133,7 @@ def finish(
     prepared: Prepared,
     record: Record,
     folder: Path,
-    budgets: Budgets,
+    info: FrontInfo,
     seconds: float,
     listener: Listener,
 ) -> ParetoFront:
@@ -136,10 +141,9 @@ def finish(
 
     The front that is written holds what the re-read files do on the whole validation split.
     """
-    info = front_info(prepared, budgets)
     evaluations = [e for e in record.evaluations() if prepared.space.contains(e.candidate)]
     searched = ParetoFront.of(evaluations, info)
-    limits = budgets.limits
+    limits = info.budgets.limits
     baselines = [e for e in searched.baselines if within(limits, e.costs)]
     wanted = {e.trial: e for e in (*thinned(searched.points, MAX_CHECKED), *baselines)}
     known = {t: Checked(**fact) for t, fact in record.facts(CHECKED).items()}

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant_ops.errors import NothingFeasibleError, UsageError
+from quant_ops.errors import UsageError
 from quant_ops.packed import PackedModel
-from search.budget import format_size, parse_size
+from search.budget import format_size
 from search.config import RunConfig, read_config
-from search.dominance import non_dominated
 from search.evaluation import Evaluation
 from search.finish import pack_trial
-from search.front import ParetoFront
 from search.prepare import Prepared, prepare
 from search.record import Record
+from search.show import read_front
 from search.vectors import make_vectors, vectors_path
 
 FORMATS = ("packed",)
@@ -105,13 +104,7 @@ def choose_trial(
             f"{run} holds no finished trial {trial}; `search show {run}` lists the front"
         )
     assert best is not None
-    limit = parse_size(best)
-    if (run / "front.json").exists():
-        return ParetoFront.load(run / "front.json").best(limit)
-    fitting = [e for e in non_dominated(evaluations) if e.size_bytes <= limit]
-    if not fitting:
-        raise NothingFeasibleError(f"{run} holds no trial at or under {format_size(limit)} yet")
-    return fitting[-1]
+    return read_front(run).best(best)
 
 
 def _prepare(config: RunConfig, data: str | None) -> Prepared:

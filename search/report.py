@@ -19,7 +19,7 @@ TEST = "test"  # fact beside a trial: {weights digest: metric on the test split}
 
 
 def read_test_split(folder: Path, *, data: str | None = None) -> ParetoFront:
-    """Measure the points of the finished front, and float, on the test split.
+    """Measure float, the points of the finished front and uniform widths on the test split.
 
     The front is frozen: it was chosen on validation. Every file is measured once; answers are
     kept in the record by weight digest.
@@ -37,7 +37,8 @@ def read_test_split(folder: Path, *, data: str | None = None) -> ParetoFront:
         raise UsageError(f"task {task.name!r} has no test split; give Task(test=...) a function")
     record = Record.open(folder, storage=config.storage)
     known = record.facts(TEST)
-    points = {e.trial: e for e in (*front.points, *front.baselines)}
+    uniform = [e for e in front.baselines if e.strategy == "uniform"]
+    points = {e.trial: e for e in (*front.points, *uniform)}
     todo = [t for t, e in points.items() if e.weights_digest not in known.get(t, {})]
     metrics = {t: known[t][points[t].weights_digest] for t in points if t not in todo}
     float_test = front.info.float_test
