@@ -1,6 +1,7 @@
 """`search inspect`: what a search would do, before anything runs."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,11 +40,14 @@ class Fate:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Layers, ties, reachable range of each budget, expected time."""
+    """Layers, ties, reachable range of each budget, expected time.
+
+    `ties` counts the removable channels that several layers share, by those layers.
+    """
 
     task: str
     fates: tuple[Fate, ...]
-    ties: tuple[tuple[str, ...], ...]
+    ties: Mapping[tuple[str, ...], int]
     float_bytes: int
     ranges: Mapping[str, tuple[float, float]]
     budgets: Mapping[str, float]
@@ -67,7 +71,7 @@ class Inspection:
                 }
                 for f in self.fates
             ],
-            "ties": [list(tie) for tie in self.ties],
+            "ties": [{"layers": list(names), "channels": n} for names, n in self.ties.items()],
             "float_bytes": self.float_bytes,
             "reachable": {name: list(pair) for name, pair in self.ranges.items()},
             "budgets": dict(self.budgets),
@@ -91,8 +95,8 @@ class Inspection:
         console.print(table)
         if self.ties:
             console.print("Channels that can only be removed together:")
-            for tie in self.ties:
-                console.print(f"  {', '.join(tie)}", highlight=False, soft_wrap=True)
+            for names, n in self.ties.items():
+                console.print(f"  {n} of {', '.join(names)}", highlight=False, soft_wrap=True)
         reach = Table(title="reachable")
         for column in ("cost", "from", "to", "budget"):
             reach.add_column(column, justify="left" if column == "cost" else "right")
@@ -127,7 +131,7 @@ def inspect_task(task: Task, config: RunConfig) -> Inspection:
     return Inspection(
         task=task.name,
         fates=_fates(prepared, space),
-        ties=tuple(t.layers for t in tied_channels(graph) if len(t.layers) > 1),
+        ties=Counter(t.layers for t in tied_channels(graph) if t.removable and len(t.layers) > 1),
         float_bytes=prepared.traced.float_bytes,
         ranges={
             name: (model.cost(graph, low), model.cost(graph, high))

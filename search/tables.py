@@ -67,7 +67,8 @@ def print_front(front: ParetoFront, console: Console) -> None:
 def print_capabilities(rows: "Sequence[Capability]", console: Console) -> None:
     """The table of search methods."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("strategy", "what it does", "widths per", "activations", "budget-aware"):
+    table.add_column("strategy", no_wrap=True)
+    for title in ("what it does", "widths per", "activations", "budget-aware"):
         table.add_column(title)
     for title in ("deterministic", "training", "cost per trial"):
         table.add_column(title)

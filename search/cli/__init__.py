@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 INTERRUPTED = 130
 ENVIRONMENT = 4
@@ -13,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 2 usage or input, 3 nothing met the budget, 4 environment (disk, missing tool),
     5 verification failed, 130 interrupted.
     """
-    import click
+    import typer
 
     from quant_ops.errors import BitfrontError
     from search.cli.app import app
@@ -23,10 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BitfrontError as error:
         print(f"search: {error}", file=sys.stderr)
         return error.exit_code
-    except click.ClickException as error:
+    except _click_exception(typer.BadParameter) as error:
         error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("search: interrupted; what is finished is kept", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
@@ -35,3 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"search: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
         return ENVIRONMENT
     return code if isinstance(code, int) else 0
+
+
+def _click_exception(bad_parameter: type) -> Any:
+    """The base of typer's usage errors: of the package click, or of the copy in newer typers."""
+    return next(cls for cls in bad_parameter.__mro__ if cls.__name__ == "ClickException")
