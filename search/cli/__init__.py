@@ -23,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = app(args=list(argv) if argv is not None else None, standalone_mode=False)
     except BitfrontError as error:
         print(f"search: {error}", file=sys.stderr)
-        return error.exit_code
+        return int(error.exit_code)
     except _click_exception(typer.BadParameter) as error:
         error.show()
-        return error.exit_code
+        return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("search: interrupted; what is finished is kept", file=sys.stderr)
         return INTERRUPTED
