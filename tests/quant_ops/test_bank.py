@@ -41,7 +41,7 @@ def make_network():
     torch.manual_seed(1)
     tokens = torch.randint(0, 11, (16, 9))
     traced = trace(Mixed().eval(), (tokens,))
-    edges = [i for i, n in enumerate(traced.graph.nodes) if n.op == "relu.default"]
+    edges = {n.name: i for i, n in enumerate(traced.graph.nodes) if n.op == "relu.default"}
     return traced, calibrate(traced.graph, traced.params, [((tokens,), None)], edges=edges), tokens
 
 

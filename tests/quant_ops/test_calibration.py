@@ -38,7 +38,7 @@ def network():
 @pytest.fixture(scope="module")
 def calibration(network):
     traced, _, x = network
-    edges = range(len(traced.graph.nodes))
+    edges = {node.name: i for i, node in enumerate(traced.graph.nodes)}
     return calibrate(traced.graph, traced.params, [((x[:25],), 0), ((x[25:],), 0)], edges=edges)
 
 
@@ -120,7 +120,7 @@ def test_integer_edges_are_left_out():
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2)).eval()
     tokens = torch.arange(8).reshape(2, 4)
     traced = trace(model, (tokens,))
-    edges = range(len(traced.graph.nodes))
+    edges = {node.name: i for i, node in enumerate(traced.graph.nodes)}
     found = calibrate(traced.graph, traced.params, [((tokens,), None)], edges=edges)
     integers = {n.name for n in traced.graph.nodes if n.dtype == "int64"}
     assert integers

@@ -25,7 +25,8 @@ def network():
     x = torch.randn(64, 3, 8, 8)
     model(x)
     traced = trace(model.eval(), (x,))
-    edges = [i for i, n in enumerate(traced.graph.nodes) if n.op in ("input", "relu.default")]
+    quantized = ("input", "relu.default")
+    edges = {n.name: i for i, n in enumerate(traced.graph.nodes) if n.op in quantized}
     calibration = calibrate(traced.graph, traced.params, [((x,), None)], edges=edges)
     return traced, calibration, x
 
