@@ -106,7 +106,8 @@ def study_note(front: ParetoFront) -> str:
 
 def trial_note(front: ParetoFront, evaluation: Evaluation) -> str:
     """One point: its numbers and its widths, in Markdown."""
-    facts = [f"- {name}: {text}" for name, text in cell_texts(front, evaluation).items()]
+    texts = cell_texts(front, evaluation, every_cost=True)
+    facts = [f"- {name}: {text}" for name, text in texts.items()]
     widths = [f"| {name} | {quant.to_text()} |" for name, quant in evaluation.candidate.layers]
     edges = [f"| {name} | {width} |" for name, width in evaluation.candidate.activations]
     parts = [f"## Point of the front: trial {evaluation.trial}", *facts]

@@ -110,7 +110,7 @@ def bits_trace(
 
 def hover_text(front: ParetoFront, evaluation: Evaluation) -> str:
     """Everything known of a point, for the mouse."""
-    lines = [f"<b>{k}</b> {v}" for k, v in cell_texts(front, evaluation).items()]
+    lines = [f"<b>{k}</b> {v}" for k, v in cell_texts(front, evaluation, every_cost=True).items()]
     widths = widths_to_text(evaluation.candidate).split(" ")
     rows = [" ".join(widths[i : i + 12]) for i in range(0, len(widths), 12)]
     return "<br>".join([*lines, "<b>weight bits</b> " + "<br>".join(rows)])
@@ -251,7 +251,7 @@ def trial_bits_figure(front: ParetoFront, evaluation: Evaluation) -> go.Figure:
             marker_line={"color": "#8a8f94", "width": 0.5}, cliponaxis=False,
         )
     )  # fmt: skip
-    texts = cell_texts(front, evaluation)
+    texts = cell_texts(front, evaluation, every_cost=True)
     title = f"trial {evaluation.trial}: {texts['size']}, {texts[front.info.metric]}"
     figure.update_layout(
         template="none", title={"text": title, "x": 0.02}, font_family=_FONT,

@@ -69,10 +69,12 @@ def origin(row: dict[str, Any]) -> str:
     return f"{row['strategy']} + {row['recipe']}" if row["recipe"] else str(row["strategy"])
 
 
-def cell_texts(front: ParetoFront, evaluation: Evaluation) -> dict[str, str]:
+def cell_texts(
+    front: ParetoFront, evaluation: Evaluation, *, every_cost: bool = False
+) -> dict[str, str]:
     """Label to printed text, in the order of the columns of the table.
 
-    Of the costs those that have a budget; `point_row` holds all.
+    Costs are those that have a budget, or all.
     """
     row = point_row(front, evaluation)
     percent = front.info.percent
@@ -89,8 +91,9 @@ def cell_texts(front: ParetoFront, evaluation: Evaluation) -> dict[str, str]:
     }
     if front.test:
         texts["test"] = format_metric(row["test"], percent=percent)
-    budgeted = [name for name in row["costs"] if name in front.info.budgets.limits]
-    return texts | {short(name): format_cost(name, row["costs"][name]) for name in budgeted}
+    limits = front.info.budgets.limits
+    costs = {k: v for k, v in row["costs"].items() if every_cost or k in limits}
+    return texts | {short(name): format_cost(name, value) for name, value in costs.items()}
 
 
 def short(cost: str) -> str:
