@@ -18,7 +18,7 @@ from search.finish import Checked, check_trials, packed_path
 from search.front import BASELINES, FrontInfo, ParetoFront
 from search.interactive import save_html
 from search.plots import save_plots, thinned
-from search.prepare import Prepared, prepare
+from search.prepare import Prepared, prepare, require_sound_float
 from search.record import JOURNAL, Record
 from search.runners.base import Runner
 from search.runners.in_process import InProcess
@@ -69,10 +69,10 @@ def run_search(
     budgets = asked.limits
     require_reachable(prepared, budgets)
     _require_strategies(config)
+    listener.on_phase("measuring the float model")
+    require_sound_float(prepared)
     answered = _claim_folder(prepared, folder, resume)
     record = _open_record(prepared, folder, resume)
-    listener.on_phase("measuring the float model")
-    prepared.evaluator.judge("search")
     runner = _make_runner(prepared)
     started = time.monotonic()
     interrupted = False

@@ -26,14 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except _click_exception(typer.BadParameter) as error:
         error.show()
-        return error.exit_code
+        return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("search: interrupted; what is finished is kept", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return 0
     except OSError as error:
-        print(f"search: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        where, reason = error.filename or "a file", error.strerror or error
+        print(f"search: cannot read or write {where}: {reason}", file=sys.stderr)
         return ENVIRONMENT
     return code if isinstance(code, int) else 0
 
