@@ -26,6 +26,7 @@ from quant_ops.graph import (
     refs_in,
 )
 from quant_ops.operators import CONV, CONV_TRANSPOSE, EMBEDDING, LAYER_OPS, LINEAR, OPCODES
+from search.quiet import chatter_discarded
 
 _SIZE_OPS = {
     operator.add: "size.add",
@@ -103,7 +104,7 @@ def _export(
 ) -> tuple[torch.export.ExportedProgram, int | None]:
     two = tuple(torch.cat([x, x])[:2] if x.shape[0] < 2 else x for x in inputs)
     dynamic = tuple({0: torch.export.Dim.AUTO} for _ in two)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), chatter_discarded():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, two, dynamic_shapes=dynamic)

@@ -124,6 +124,6 @@ def read_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         ) from None
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} is not readable JSON: {error}") from error
-    if content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"{path} is not a run of this program")
     return RunConfig.from_json(content["asked"]), content

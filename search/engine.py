@@ -18,7 +18,7 @@ from search.finish import Checked, check_trials, packed_path
 from search.front import BASELINES, FrontInfo, ParetoFront
 from search.interactive import save_html
 from search.plots import save_plots, thinned
-from search.prepare import Prepared, prepare
+from search.prepare import Prepared, prepare, require_sound_float
 from search.record import JOURNAL, Record
 from search.runners.base import Runner
 from search.runners.in_process import InProcess
@@ -70,11 +70,11 @@ def run_search(
     budgets = asked.limits
     require_reachable(prepared, budgets)
     _require_strategies(config)
+    listener.on_phase("measuring the float model")
+    require_sound_float(prepared)
+    info = front_info(prepared, asked)
     answered = _claim_folder(prepared, folder, resume)
     record = _open_record(prepared, folder, resume)
-    listener.on_phase("measuring the float model")
-    info = front_info(prepared, asked)
-    prepared.evaluator.judge("search")
     if answered is None:
         write_unfinished(folder, info)
     runner = _make_runner(prepared)

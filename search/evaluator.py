@@ -14,6 +14,7 @@ from cost_models.base import CostModel
 from quant_ops.bank import WeightBank
 from quant_ops.candidate import Candidate
 from quant_ops.edges import activation_edges
+from quant_ops.errors import UsageError
 from quant_ops.executor import Executor, Transform
 from quant_ops.graph import Params
 from quant_ops.quantized import ActivationQuant, QuantizedModel
@@ -73,7 +74,7 @@ class Judge:
             outputs = run(inputs)
             losses.append(self._quality_loss(outputs, target if self._by_target else reference))
             if target is not None and self._metric.per_sample:
-                scores.append(torch.as_tensor(self._metric.function(outputs, target)).double())
+                scores.append(self._scores(outputs, target, len(losses[-1])))
             elif target is not None:
                 outputs_seen.append(outputs)
             if _are_logits(reference):
@@ -87,6 +88,16 @@ class Judge:
             metric=self._score(scores, outputs_seen),
             agreement=float(torch.cat(same).mean()) if same else None,
         )
+
+    def _scores(self, outputs: Any, target: Any, n_samples: int) -> Tensor:
+        values = torch.as_tensor(self._metric.function(outputs, target))
+        if values.shape != (n_samples,):
+            raise UsageError(
+                f"the metric {self._metric.name!r} must give one value per sample, a tensor of "
+                f"shape ({n_samples},), but gave one of shape {tuple(values.shape)}; or say "
+                f"Metric(per_sample=False)"
+            )
+        return values.double()
 
     def _score(self, scores: Sequence[Tensor], outputs: Sequence[Any]) -> float | None:
         if scores:

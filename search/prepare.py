@@ -1,6 +1,7 @@
 """From a task to everything a search needs: traced network, splits, calibration, evaluator."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,9 @@ from cost_models.table import cost_model
 from quant_ops.bank import WeightBank
 from quant_ops.calibration import Calibration, calibrate
 from quant_ops.edges import activation_edges
+from quant_ops.errors import UsageError
 from quant_ops.executor import Executor
+from search.blame import blaming
 from search.capture import Traced, trace
 from search.choices import build_space
 from search.config import RunConfig
@@ -109,7 +112,8 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
     validation = load_split(task.validation, what="validation", batch=batch)
     space = build_space(traced.graph, config)
     edges = {edge.name: edge.node for edge in activation_edges(traced.graph)}
-    calibration = calibrate(traced.graph, traced.params, calibration_split.batches, edges=edges)
+    with blaming("the float model cannot be run on the task's calibration data"):
+        calibration = calibrate(traced.graph, traced.params, calibration_split.batches, edges=edges)
     splits = {
         "validation": validation,
         "search": validation.first(config.search_samples),
@@ -117,7 +121,10 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         "calibration": calibration_split,
     }
     by_metric = config.objective == "metric"
-    quality_loss = metric_loss(task.metric) if by_metric else _divergence(task, traced, validation)
+    with blaming("the float model cannot be run on the task's validation data"):
+        quality_loss = (
+            metric_loss(task.metric) if by_metric else _divergence(task, traced, validation)
+        )
     spec = EvaluatorSpec(
         traced=traced,
         calibration=calibration,
@@ -129,6 +136,23 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         correction=config.correction,
     )
     return Prepared(task, config, traced, space, spec)
+
+
+def require_sound_float(prepared: Prepared) -> None:
+    """Measure the float model on the search split, whose outputs the evaluator keeps.
+
+    Raises:
+        UsageError: the model cannot take the data, its outputs are not finite, or the task's
+            metric or quality loss cannot judge them.
+    """
+    evaluator = prepared.evaluator
+    with blaming("the float model cannot be judged on the task's validation data"):
+        measured = evaluator.measure_float(evaluator.judge("search"))
+    if not math.isfinite(measured.loss):
+        raise UsageError(
+            "the float model's outputs, or its quality loss, are not finite on the task's "
+            "validation data; check the inputs and the checkpoint"
+        )
 
 
 def _divergence(task: Task, traced: Traced, validation: Split) -> QualityLoss:

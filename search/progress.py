@@ -54,7 +54,7 @@ class ConsoleListener(Listener):
             self._progress.remove_task(self._bar)
         self._bar = self._progress.add_task(text, total=None, status="")
         if not self._console.is_terminal:
-            self._console.print(f"{text} ...", highlight=False)
+            self._console.print(f"{text} ...", highlight=False, soft_wrap=True)
 
     def on_step(self, done: int, total: int, status: str = "") -> None:
         """`done` of `total` steps of the present part are finished."""

@@ -1,10 +1,12 @@
-"""Keeping native libraries from writing into a command's standard output."""
+"""Keeping libraries from writing into what a command prints."""
 
 import ctypes
+import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 
 
 @contextmanager
@@ -29,6 +31,21 @@ def native_stdout_discarded() -> Iterator[None]:
         os.dup2(kept, 1)
         os.close(nowhere)
         os.close(kept)
+
+
+@contextmanager
+def chatter_discarded() -> Iterator[None]:
+    """Warnings logged and texts printed on stderr inside go nowhere; exceptions still come.
+
+    torch.export prints the whole graph before it raises.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _flush() -> None:

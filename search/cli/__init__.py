@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except OSError as error:
-        print(f"search: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        where, reason = error.filename or "a file", error.strerror or error
+        print(f"search: cannot read or write {where}: {reason}", file=sys.stderr)
         return ENVIRONMENT
     return code if isinstance(code, int) else 0
 

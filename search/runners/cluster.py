@@ -71,14 +71,24 @@ class Cluster(Runner):
         self._timeout_s = timeout_s
         self._started_here = not ray.is_initialized()
         if self._started_here:
-            _start(address, n_workers)
+            start(address, n_workers)
         self._factory = ray.put(make_evaluator)
         self._actor_class = ray.remote(num_cpus=1, max_restarts=0)(_Worker)
         self._workers = [self._new_worker() for _ in range(n_workers)]
-        ray.get([worker.ready.remote() for worker in self._workers], timeout=START_SECONDS)
+        self._wait_until_ready(self._workers)
 
     def _new_worker(self) -> Any:
         return self._actor_class.remote(self._factory, self._threads)
+
+    def _wait_until_ready(self, workers: Sequence[Any]) -> None:
+        try:
+            ray.get([worker.ready.remote() for worker in workers], timeout=START_SECONDS)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            raise EnvironmentFault(
+                f"{len(workers)} Ray workers could not be started ({type(error).__name__}); there "
+                f"may be too little memory or too few CPUs for --workers {self.n_workers}: use "
+                f"fewer, or --workers 0"
+            ) from error
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Evaluation | float]]:
         waiting = deque(_chunks(range(len(jobs)), JOBS_PER_CALL, self.n_workers))
@@ -118,6 +128,7 @@ class Cluster(Runner):
         )
         ray.kill(self._workers[slot])
         self._workers[slot] = self._new_worker()
+        self._wait_until_ready([self._workers[slot]])  # its start must not count as hanging
         for i in chunk:
             losses[i] += 1
             if losses[i] >= MAX_LOSSES:
@@ -134,7 +145,12 @@ class Cluster(Runner):
             ray.shutdown()
 
 
-def _start(address: str | None, n_workers: int) -> None:
+def start(address: str | None, n_workers: int) -> None:
+    """Join the cluster at `address`, or start one on this machine.
+
+    Raises:
+        EnvironmentFault: it cannot be reached.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:

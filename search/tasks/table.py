@@ -5,13 +5,13 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from quant_ops.errors import BitfrontError, UsageError
+from quant_ops.errors import UsageError
+from search.blame import blaming
 from search.task import Batches, Task
 from search.tasks.training import Progress
 
@@ -53,12 +53,8 @@ def load_task(
     """
     function = _find(TASKS.get(spec, spec))
     offered: dict[str, Any] = {"data": data, "seed": seed, "progress": progress}
-    try:
+    with blaming(f"task {spec!r} failed"):
         task = function(**_accepted(function, offered))
-    except BitfrontError:
-        raise
-    except Exception as error:
-        raise UsageError(f"task {spec!r} failed: {_what_and_where(error)}") from error
     return _checked(task, spec)
 
 
@@ -66,12 +62,8 @@ def _find(spec: str) -> Callable[..., object]:
     where, colon, name = spec.rpartition(":")
     if not colon:
         raise UsageError(_unknown(spec))
-    try:
+    with blaming(f"task {spec!r} cannot be loaded"):
         module = _from_file(Path(where)) if where.endswith(".py") else _from_name(where, spec)
-    except BitfrontError:
-        raise
-    except Exception as error:
-        raise UsageError(f"task {spec!r} cannot be loaded: {_what_and_where(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         defined = [k for k, v in vars(module).items() if inspect.isfunction(v) and k[0] != "_"]
@@ -127,22 +119,6 @@ def _accepted(function: Callable[..., object], offered: dict[str, Any]) -> dict[
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return offered
     return {name: value for name, value in offered.items() if name in parameters}
-
-
-def _what_and_where(error: Exception) -> str:
-    """The exception with the line of the user's code that is nearest to it."""
-    text = " ".join(str(error).split())
-    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    if isinstance(error, SyntaxError):
-        return f"SyntaxError: {error.msg} (line {error.lineno} of {error.filename})"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
-    return f"{what} (line {frames[-1].lineno} of {frames[-1].filename})" if frames else what
-
-
-def _is_users(filename: str) -> bool:
-    return not (
-        filename == __file__ or filename.startswith("<frozen") or "site-packages" in filename
-    )
 
 
 def _checked(task: object, spec: str) -> Task:
