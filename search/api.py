@@ -1,10 +1,10 @@
 """The Python interface: `front = search.run(task, budget="4MB")`."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from quant_ops.errors import NothingFeasibleError
+from quant_ops.errors import NothingFeasibleError, UsageError
 from quant_ops.packed import PackedModel
 from search.budget import parse_size
 from search.config import RunConfig
@@ -78,6 +78,7 @@ def run(
     Raises:
         NothingFeasibleError: no evaluated candidate meets the budget.
         BudgetError: none can.
+        UsageError: a setting, the task or the folder cannot be used.
     """
     from search.folders import new_folder
     from search.tasks.table import load_task
@@ -85,6 +86,12 @@ def run(
     budgets = (budget,) if isinstance(budget, str) else tuple(budget)
     base = config or RunConfig()
     name = task if isinstance(task, str) else task.name
+    unknown = set(settings) - ({f.name for f in fields(RunConfig)} - {"task", "budgets"})
+    if unknown:
+        raise UsageError(
+            f"search.run has no setting {', '.join(sorted(unknown))}; settings are the fields of "
+            f"search.config.RunConfig, and budgets are given as budget=..."
+        )
     asked = replace(base, task=name, budgets=budgets, **settings)  # type: ignore[arg-type]
     if isinstance(task, str):
         task = load_task(task, data=Path(asked.data) if asked.data else None)

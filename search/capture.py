@@ -1,5 +1,6 @@
 """torch.export -> Graph: operators of the closed list, shapes, MACs, layers."""
 
+import inspect
 import math
 import operator
 import warnings
@@ -103,11 +104,10 @@ def _export(
     model: nn.Module, inputs: tuple[Tensor, ...]
 ) -> tuple[torch.export.ExportedProgram, int | None]:
     two = tuple(torch.cat([x, x])[:2] if x.shape[0] < 2 else x for x in inputs)
-    dynamic = tuple({0: torch.export.Dim.AUTO} for _ in two)
     with warnings.catch_warnings(), chatter_discarded():
         warnings.simplefilter("ignore")
         try:
-            program = torch.export.export(model, two, dynamic_shapes=dynamic)
+            program = torch.export.export(model, two, dynamic_shapes=_any_batch(model, two))
             static_batch = None if _batch_is_symbolic(program) else 1
             if static_batch:
                 program = torch.export.export(model, tuple(x[:1] for x in inputs))
@@ -118,6 +118,16 @@ def _export(
             except Exception as error:
                 raise UsageError(_cannot_capture(model, error)) from error
         return program.run_decompositions({}), static_batch
+
+
+def _any_batch(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    """A free dimension 0 for every argument of `forward`, `*arguments` included."""
+    free = {0: torch.export.Dim.AUTO}
+    bound = inspect.signature(model.forward).bind(*inputs).arguments
+    return {
+        name: tuple(free for _ in value) if isinstance(value, tuple) else free
+        for name, value in bound.items()
+    }
 
 
 def _cannot_capture(model: nn.Module, error: Exception) -> str:
@@ -185,7 +195,8 @@ class _Reader:
                 tensor = tensor.detach()
                 key = (tensor.data_ptr(), tuple(tensor.shape))
                 name = first_name.setdefault(key, name) if tensor.numel() else name
-                self._params[name] = tensor
+                if name not in self._params:  # a copy: the user may go on training the model
+                    self._params[name] = tensor.clone()
                 self._value[fx_node.name] = ParamRef(name)
             elif fx_node.name in signature.user_inputs:
                 value = fx_node.meta["val"]

@@ -21,7 +21,7 @@ from search.blame import blaming
 from search.capture import Traced, trace
 from search.choices import build_space
 from search.config import RunConfig
-from search.data import EVALUATION_BATCH, Split, load_split
+from search.data import EVALUATION_BATCH, Split, batch_size, load_split
 from search.evaluator import Evaluator
 from search.quality import QualityLoss, is_kl, metric_loss, quality_function, worst_loss
 from search.space import SearchSpace
@@ -110,6 +110,8 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
     batch = traced.static_batch or EVALUATION_BATCH
     calibration_split = load_split(task.calibration, what="calibration", batch=batch)
     validation = load_split(task.validation, what="validation", batch=batch)
+    for split in (calibration_split, validation):
+        _require_batch(split, traced.static_batch)
     space = build_space(traced.graph, config)
     edges = {edge.name: edge.node for edge in activation_edges(traced.graph)}
     with blaming("the float model cannot be run on the task's calibration data"):
@@ -136,6 +138,17 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         correction=config.correction,
     )
     return Prepared(task, config, traced, space, spec)
+
+
+def _require_batch(split: Split, n_samples: int | None) -> None:
+    """Batches of a split whose targets are no tensors stay as they came."""
+    sizes = {batch_size(inputs) for inputs in split.inputs()}
+    if n_samples is not None and sizes != {n_samples}:
+        raise UsageError(
+            f"the model takes batches of exactly {n_samples} sample, because torch.export could "
+            f"not capture it for others; the task gives batches of {max(sizes)}: give batches of "
+            f"{n_samples}, or rewrite what fixes the batch size"
+        )
 
 
 def require_sound_float(prepared: Prepared) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from quant_ops.errors import EnvironmentFault
 from search.evaluation import Evaluation
 from search.evaluator import Evaluator
 from search.runners.base import Job, Runner
+from search.tasks.table import FILE_MODULE
 
 log = logging.getLogger("bitfront.runners")
 
@@ -72,6 +74,7 @@ class Cluster(Runner):
         self._started_here = not ray.is_initialized()
         if self._started_here:
             start(address, n_workers)
+        _pickle_task_files_by_value()
         self._factory = ray.put(make_evaluator)
         self._actor_class = ray.remote(num_cpus=1, max_restarts=0)(_Worker)
         self._workers = [self._new_worker() for _ in range(n_workers)]
@@ -84,8 +87,9 @@ class Cluster(Runner):
         try:
             ray.get([worker.ready.remote() for worker in workers], timeout=START_SECONDS)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise EnvironmentFault(
-                f"{len(workers)} Ray workers could not be started ({type(error).__name__}); there "
+                f"{len(workers)} Ray workers could not be started ({lines[-1].strip()}); there "
                 f"may be too little memory or too few CPUs for --workers {self.n_workers}: use "
                 f"fewer, or --workers 0"
             ) from error
@@ -143,6 +147,13 @@ class Cluster(Runner):
             ray.kill(worker)
         if self._started_here:
             ray.shutdown()
+
+
+def _pickle_task_files_by_value() -> None:
+    """A worker cannot import the module of a task file: it lies under no name on its path."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(FILE_MODULE):
+            ray.cloudpickle.register_pickle_by_value(module)
 
 
 def start(address: str | None, n_workers: int) -> None:

@@ -31,6 +31,9 @@ SUMMARIES = {
 }
 
 
+FILE_MODULE = "bitfront_task_"  # begins the name of a module that was read from a task file
+
+
 def load_task(
     spec: str,
     *,
@@ -88,7 +91,7 @@ def _from_file(path: Path) -> ModuleType:
         raise UsageError(
             f"task file {path} does not exist (looked in {Path.cwd()}); check the path"
         )
-    name = f"bitfront_task_{path.stem}"
+    name = f"{FILE_MODULE}{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None
     assert module_spec.loader is not None

@@ -169,4 +169,5 @@ def test_a_worker_killed_during_a_run_changes_nothing(search_process, search_cal
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
     assert "Traceback" not in stderr
+    assert "was lost" in stderr
     assert without_times(tmp_path / "ray") == without_times(tmp_path / "alone")
