@@ -1,12 +1,9 @@
 """Measures candidates: quality loss, metric, agreement, every cost."""
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -14,113 +11,20 @@ from cost_models.base import CostModel
 from quant_ops.bank import WeightBank
 from quant_ops.candidate import Candidate
 from quant_ops.edges import activation_edges
-from quant_ops.errors import UsageError
 from quant_ops.executor import Executor, Transform
 from quant_ops.graph import Params
 from quant_ops.quantized import ActivationQuant, QuantizedModel
 from search.capture import Traced
 from search.data import Split
 from search.evaluation import Evaluation
-from search.quality import QualityLoss, agreement
+from search.judge import Judge, Measurement, Tally
+from search.prefix import PrefixRunner
+from search.quality import QualityLoss
 from search.task import Metric
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Quality of one network on one split.
-
-    `metric` and `agreement` are None where the split has no labels, or the outputs no classes.
-    """
-
-    loss: float
-    loss_stderr: float
-    metric: float | None
-    agreement: float | None
-
-
-class Judge:
-    """Compares outputs on one split with those of the float model and with the labels.
-
-    Args:
-        split: inputs and labels.
-        float_outputs: of the float model, one tree per batch.
-        quality_loss: (outputs, reference) -> (batch,).
-        by_target: the reference is the label, not the float model's output.
-        metric: the task's.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        float_outputs: Sequence[Any],
-        *,
-        quality_loss: QualityLoss,
-        by_target: bool,
-        metric: Metric,
-    ) -> None:
-        self.split = split
-        self.float_outputs = float_outputs
-        self._quality_loss = quality_loss
-        self._by_target = by_target
-        self._metric = metric
-
-    def measure(self, run: Callable[[tuple[Tensor, ...]], Any]) -> Measurement:
-        """Run every batch through `run` (inputs -> outputs tree) and judge."""
-        losses: list[Tensor] = []
-        scores: list[Tensor] = []
-        same: list[Tensor] = []
-        outputs_seen: list[Any] = []
-        for (inputs, target), reference in zip(self.split.batches, self.float_outputs, strict=True):
-            outputs = run(inputs)
-            losses.append(self._quality_loss(outputs, target if self._by_target else reference))
-            if target is not None and self._metric.per_sample:
-                scores.append(self._scores(outputs, target, len(losses[-1])))
-            elif target is not None:
-                outputs_seen.append(outputs)
-            if _are_logits(reference):
-                same.append(agreement(outputs, reference))
-        loss = torch.cat(losses)
-        mean = float(loss.mean())
-        spread = float(loss.std()) / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
-        return Measurement(
-            loss=mean if math.isfinite(mean) else math.inf,
-            loss_stderr=spread if math.isfinite(spread) else math.inf,
-            metric=self._score(scores, outputs_seen),
-            agreement=float(torch.cat(same).mean()) if same else None,
-        )
-
-    def _scores(self, outputs: Any, target: Any, n_samples: int) -> Tensor:
-        values = torch.as_tensor(self._metric.function(outputs, target))
-        if values.shape != (n_samples,):
-            raise UsageError(
-                f"the metric {self._metric.name!r} must give one value per sample, a tensor of "
-                f"shape ({n_samples},), but gave one of shape {tuple(values.shape)}; or say "
-                f"Metric(per_sample=False)"
-            )
-        return values.double()
-
-    def _score(self, scores: Sequence[Tensor], outputs: Sequence[Any]) -> float | None:
-        if scores:
-            return float(torch.cat(list(scores)).mean())
-        if not outputs:
-            return None
-        targets = [target for _, target in self.split.batches]
-        joined = pytree.tree_map(lambda *leaves: torch.cat(leaves), *outputs)
-        whole = torch.cat(targets) if isinstance(targets[0], Tensor) else targets
-        return float(self._metric.function(joined, whole))
-
-
-def _are_logits(outputs: Any) -> bool:
-    return (
-        isinstance(outputs, Tensor)
-        and outputs.is_floating_point()
-        and outputs.dim() >= 2
-        and outputs.shape[1] > 1
-    )
-
-
 class Evaluator:
-    """Holds the float network and its data, and evaluates candidates one at a time.
+    """Holds the float network and its data, and evaluates candidates.
 
     Args:
         traced: the float network.
@@ -145,6 +49,7 @@ class Evaluator:
         self.bank = bank
         self.costs = costs
         self._executor = Executor(traced.graph)
+        self._prefixes = PrefixRunner(self._executor)
         self._splits = splits
         self._quality_loss = quality_loss
         self._by_target = by_target
@@ -180,31 +85,61 @@ class Evaluator:
 
     def measure_model(self, model: QuantizedModel, split: str = "search") -> Measurement:
         """Quality of a model that brings weights of its own."""
-        transforms = self._transforms(model.activations)
+        transforms = _fake_quantizers(self._at_nodes(model.activations))
         params = model.params()
         return self.judge(split).measure(lambda x: self._run(params, transforms, x))
 
-    def evaluate(self, candidate: Candidate) -> Evaluation:
-        """Quality on the search split and every cost."""
+    def measure_many(
+        self, candidates: Sequence[Candidate], split: str = "search"
+    ) -> list[Measurement]:
+        """What `measure` gives for each, bit for bit; common beginnings are run once."""
+        judge = self.judge(split)
+        networks = [(self.bank.params(c), self._quantizers(c)) for c in candidates]
+        order = sorted(range(len(candidates)), key=lambda i: self._sort_key(candidates[i]))
+        tallies = [Tally() for _ in candidates]
+        for number, (inputs, _) in enumerate(judge.split.batches):
+            in_order = self._prefixes.run([networks[i] for i in order], inputs)
+            for i, outputs in zip(order, in_order, strict=True):
+                judge.add(tallies[i], number, self._tree(outputs))
+        return [judge.conclude(tally) for tally in tallies]
+
+    def evaluate_many(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
+        """Quality on the search split and every cost; seconds are an equal share of the time."""
         started = time.perf_counter()
-        measured = self.measure(candidate)
-        return Evaluation(
-            candidate=candidate,
-            loss=measured.loss,
-            loss_stderr=measured.loss_stderr,
-            metric=measured.metric,
-            agreement=measured.agreement,
-            costs={n: m.cost(self.traced.graph, candidate) for n, m in self.costs.items()},
-            seconds=time.perf_counter() - started,
+        measured = self.measure_many(candidates)
+        seconds = (time.perf_counter() - started) / max(1, len(candidates))
+        return [
+            Evaluation(
+                candidate=candidate,
+                loss=m.loss,
+                loss_stderr=m.loss_stderr,
+                metric=m.metric,
+                agreement=m.agreement,
+                costs={n: c.cost(self.traced.graph, candidate) for n, c in self.costs.items()},
+                seconds=seconds,
+            )
+            for candidate, m in zip(candidates, measured, strict=True)
+        ]
+
+    def _sort_key(self, candidate: Candidate) -> tuple[str, ...]:
+        """Candidates that begin alike come together."""
+        assignment, edges = candidate.assignment, candidate.activation_bits
+        layers = (assignment.get(layer.name) for layer in self.traced.graph.searchable_layers)
+        return (
+            *(str(edges[name]) for name in sorted(edges)),
+            *("" if quant is None else quant.to_text() for quant in layers),
         )
 
     def transforms(self, candidate: Candidate) -> dict[int, Transform]:
         """Node index to fake quantizer, for every quantized edge of the candidate."""
-        return self._transforms(self.bank.activations(candidate))
+        return _fake_quantizers(self._quantizers(candidate))
 
-    def _transforms(self, quantizers: Mapping[str, ActivationQuant]) -> dict[int, Transform]:
+    def _quantizers(self, candidate: Candidate) -> dict[int, ActivationQuant]:
+        return self._at_nodes(self.bank.activations(candidate))
+
+    def _at_nodes(self, quantizers: Mapping[str, ActivationQuant]) -> dict[int, ActivationQuant]:
         return {
-            edge.node: quantizers[edge.name].fake_quantize
+            edge.node: quantizers[edge.name]
             for edge in activation_edges(self.traced.graph)
             if edge.name in quantizers
         }
@@ -213,4 +148,11 @@ class Evaluator:
         self, params: Params, transforms: Mapping[int, Transform], inputs: tuple[Tensor, ...]
     ) -> Any:
         outputs, _ = self._executor.run(params, inputs, transforms=transforms)
+        return self._tree(outputs)
+
+    def _tree(self, outputs: tuple[Tensor, ...]) -> Any:
         return pytree.tree_unflatten(list(outputs), self.traced.out_spec)
+
+
+def _fake_quantizers(quantizers: Mapping[int, ActivationQuant]) -> dict[int, Transform]:
+    return {node: quant.fake_quantize for node, quant in quantizers.items()}

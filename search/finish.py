@@ -15,7 +15,7 @@ from quant_ops.lowering import lower
 from quant_ops.packed import PackedModel
 from quant_ops.reference import run_torch
 from search.evaluation import Evaluation
-from search.evaluator import Measurement
+from search.judge import Measurement
 from search.prepare import Prepared
 
 Run = Callable[[tuple[Tensor, ...]], Any]

@@ -6,7 +6,7 @@ from quant_ops.errors import UsageError
 from quant_ops.packed import PackedModel
 from search.config import read_config
 from search.data import EVALUATION_BATCH, load_split
-from search.evaluator import Judge
+from search.judge import Judge
 from search.finish import packed_path, runner_of
 from search.front import ParetoFront
 from search.interactive import save_html

@@ -15,6 +15,7 @@ from quant_ops.errors import EnvironmentFault
 from search.evaluation import Evaluation
 from search.evaluator import Evaluator
 from search.runners.base import Job, Runner
+from search.runners.in_process import measure_jobs
 from search.tasks.table import FILE_MODULE
 
 log = logging.getLogger("bitfront.runners")
@@ -40,12 +41,7 @@ class _Worker:
         return True
 
     def measure(self, jobs: Sequence[Job]) -> list[Evaluation | float]:
-        return [
-            self._evaluator.measure(job.candidate, "probe").loss
-            if job.kind == "probe"
-            else self._evaluator.evaluate(job.candidate)
-            for job in jobs
-        ]
+        return measure_jobs(self._evaluator, jobs)
 
 
 class Cluster(Runner):
@@ -153,7 +149,7 @@ def _pickle_task_files_by_value() -> None:
     """A worker cannot import the module of a task file: it lies under no name on its path."""
     for name, module in list(sys.modules.items()):
         if name.startswith(FILE_MODULE):
-            ray.cloudpickle.register_pickle_by_value(module)
+            ray.cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
 
 
 def start(address: str | None, n_workers: int) -> None:
