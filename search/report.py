@@ -6,10 +6,10 @@ from quant_ops.errors import UsageError
 from quant_ops.packed import PackedModel
 from search.config import read_config
 from search.data import EVALUATION_BATCH, load_split
-from search.judge import Judge
 from search.finish import packed_path, runner_of
 from search.front import ParetoFront
 from search.interactive import save_html
+from search.judge import Judge
 from search.plots import save_plots
 from search.prepare import prepare
 from search.record import Record
