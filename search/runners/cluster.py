@@ -153,7 +153,7 @@ def _pickle_task_files_by_value() -> None:
     """A worker cannot import the module of a task file: it lies under no name on its path."""
     for name, module in list(sys.modules.items()):
         if name.startswith(FILE_MODULE):
-            ray.cloudpickle.register_pickle_by_value(module)
+            ray.cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
 
 
 def start(address: str | None, n_workers: int) -> None:
