@@ -13,8 +13,7 @@ def layer_of(shape, kind="conv", groups=1):
 
 
 def scale_of(values):
-    stored = StoredScale.nearest(np.array(values))
-    return stored
+    return StoredScale.nearest(np.array(values))
 
 
 @pytest.fixture
