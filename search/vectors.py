@@ -4,6 +4,7 @@ They are a file of their own (FILE.vectors.safetensors), so that the packed file
 as the search said.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,8 @@ def make_vectors(packed: PackedModel, inputs: Sequence[Tensor]) -> Vectors:
 def largest_difference(packed: PackedModel, vectors: Vectors) -> float:
     """Largest absolute difference of any output, over the largest stored magnitude.
 
+    Infinite where an output is not a number.
+
     Raises:
         VerificationError: the model cannot take the inputs, or has other outputs.
     """
@@ -88,7 +91,8 @@ def largest_difference(packed: PackedModel, vectors: Vectors) -> float:
                 f"{tuple(stored.shape)}"
             )
         scale = max(float(stored.abs().max()), TINY)
-        worst = max(worst, float((mine - stored).abs().max()) / scale)
+        difference = float((mine - stored).abs().max()) / scale
+        worst = max(worst, math.inf if math.isnan(difference) else difference)
     return worst
 
 

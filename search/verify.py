@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quant_ops.errors import UsageError, VerificationError
+from quant_ops.graph import Layer
 from quant_ops.packed import PackedModel
 from quant_ops.quantized import QuantizedLayer, QuantizedModel
+from quant_ops.removal import canonical_columns, plan_removal
+from quant_ops.slots import Ids
 from search.budget import format_size
 from search.config import RunConfig, read_config
 from search.finish import measure_packed
@@ -153,15 +157,19 @@ def first_difference(a: QuantizedModel, b: QuantizedModel) -> str | None:
     """
     if len(a.layers) != len(b.layers):
         return "the number of layers"
+    columns = plan_removal(b.graph, b.candidate).columns
     for mine, (name, theirs) in zip(a.layers.values(), b.layers.items(), strict=True):
-        if not _same_layer(mine, theirs):
+        layer, kept = b.graph.layer_of[name], columns.get(name)
+        if not _same_constants(mine, theirs):
             return name
-    if [q for q in a.activations.values()] != [q for q in b.activations.values()]:
+        if not np.array_equal(_present(layer, mine, kept), _present(layer, theirs, kept)):
+            return name
+    if list(a.activations.values()) != list(b.activations.values()):
         return "the activation quantizers"
     return None
 
 
-def _same_layer(a: QuantizedLayer, b: QuantizedLayer) -> bool:
+def _same_constants(a: QuantizedLayer, b: QuantizedLayer) -> bool:
     if a.bit_widths != b.bit_widths or a.mid_rise != b.mid_rise:
         return False
     if not np.array_equal(a.channel_scales(), b.channel_scales()):
@@ -169,9 +177,15 @@ def _same_layer(a: QuantizedLayer, b: QuantizedLayer) -> bool:
     bias_a, bias_b = a.bias_values(), b.bias_values()
     if (bias_a is None) != (bias_b is None):
         return False
-    if bias_a is not None and bias_b is not None and not torch.equal(bias_a, bias_b):
-        return False
-    return np.array_equal(a.codes, b.codes)
+    return bias_a is None or bias_b is None or torch.equal(bias_a, bias_b)
+
+
+def _present(layer: Layer, quantized: QuantizedLayer, columns: Ids | None) -> NDArray[np.int16]:
+    """Codes of the columns that are left."""
+    if columns is None or quantized.codes.size != layer.n_weights:
+        return quantized.codes
+    by_column = quantized.codes.reshape(layer.out_channels, canonical_columns(layer), -1)
+    return by_column[:, columns]
 
 
 def _require_same_structure(packed: PackedModel, prepared: Prepared) -> None:

@@ -129,6 +129,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(search_call, run_folder, tiny):
     assert snapshot(run_folder) == before
 
 
+@pytest.mark.slow
 def test_resuming_needs_a_run_of_the_same_model_and_data(search_call, tiny, tmp_path):
     folder = tmp_path / "run"
     task = tmp_path / "task.py"

@@ -106,6 +106,7 @@ def test_show_and_report_print_the_front(folder, search_call):
     assert [r["size_bytes"] for r in rows["budgets"]] == [1500, LIMIT]
 
 
+@pytest.mark.slow
 def test_the_test_split_is_read_once_and_by_report_alone(copy, search_call, tmp_path, monkeypatch):
     reads = tmp_path / "reads"
     monkeypatch.setenv("TINY_TASK_READS", str(reads))
@@ -230,6 +231,7 @@ def test_more_trials_on_a_finished_run_go_on_with_it(copy, search_call):
     assert json.loads(answer.stdout)["n_evaluations"] == 44
 
 
+@pytest.mark.slow
 def test_max_drop_names_the_smallest_model_that_is_good_enough(copy, search_call):
     answer = search_call("run", "--resume", copy, "--max-drop", 1.5, "--json")
     assert answer.code == 0, answer.stderr
@@ -297,11 +299,13 @@ def test_widths_per_channel_remove_channels(search_call, tiny, tmp_path):
     assert min(p["costs"]["macs"] for p in front["points"]) < max(
         p["costs"]["macs"] for p in front["baselines"]
     )
-    for row in front["points"]:
+    for row in front["points"][:3]:
         path = tmp_path / "run" / row["packed"]
         assert path.stat().st_size == row["size_bytes"]
+        assert search_call("verify", path, "--run", tmp_path / "run").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zoo", "regression", "mlp"])
 def test_other_networks_run_to_the_end(search_call, tiny, tmp_path, name):
     run, out = tmp_path / "run", tmp_path / "x.safetensors"

@@ -154,6 +154,7 @@ def test_a_killed_run_may_go_on_under_another_budget(start):
     assert points[-1]["size_bytes"] <= 700
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_searched_again(whole, search_call):
     journal = (whole / JOURNAL).read_bytes()
     before = front(whole)
