@@ -26,7 +26,10 @@ class Auto(Strategy):
     """
 
     name = "auto"
-    traits = Traits("uniform, rate-distortion, then local search and NSGA-II in turn")
+    traits = Traits(
+        "uniform, rate-distortion, then local search and NSGA-II in turn",
+        granularity=("layer", "group", "channel"),
+    )
 
     @dataclass(frozen=True, slots=True)
     class Settings:
