@@ -66,7 +66,7 @@ def test_the_page_needs_no_network(make_front, tmp_path):
 
 
 def test_the_mouse_shows_trial_widths_and_costs(make_front):
-    _, front = make_front()
+    _, front = make_front(budgets=Budgets.parse(["30kB", "bops=1T"]))
     texts = [trace.text for trace in interactive_figure(front).data if trace.name == "front"]
     for text, e in zip(texts[0], front.points, strict=True):
         assert f"<b>trial</b> {e.trial}<br>" in text
