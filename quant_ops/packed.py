@@ -28,6 +28,7 @@ from quant_ops.blobs import (
 )
 from quant_ops.byte_stream import ByteReader, put_varint
 from quant_ops.candidate import Candidate, LayerQuant
+from quant_ops.edges import activation_edges
 from quant_ops.errors import EnvironmentFault, UsageError, VerificationError
 from quant_ops.executor import Executor
 from quant_ops.graph import Graph
@@ -248,8 +249,11 @@ class PackedModel:
     def _executor(self) -> Executor:
         return Executor(self._reduced[0])
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Outputs in the order of the graph, activations fake-quantized where it says so.
+    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The output, or all of several in the order of the graph.
+
+        Activations are fake-quantized in float where the file says so; `quant_ops.reference`
+        computes the same in integers.
 
         Raises:
             UsageError: inputs that do not fit the graph.
@@ -262,11 +266,14 @@ class PackedModel:
             raise UsageError(f"the model has {len(wanted)} inputs, {len(got)} were given")
         try:
             reduced, params = self._reduced
+            quantizers = self.model.activations
             transforms = {
-                reduced.index_of[edge]: activation.fake_quantize
-                for edge, activation in self.model.activations.items()
+                edge.node: quantizers[edge.name].fake_quantize
+                for edge in activation_edges(reduced)
+                if edge.name in quantizers
             }
-            return self._executor.run(params, inputs, transforms=transforms)[0]
+            outputs = self._executor.run(params, inputs, transforms=transforms)[0]
+            return outputs[0] if len(outputs) == 1 else outputs
         except _EXECUTION_ERRORS as error:
             if got != wanted:
                 raise UsageError(

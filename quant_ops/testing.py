@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from quant_ops.bit_widths import BIT_WIDTHS
 from quant_ops.candidate import SCHEMES, Candidate, LayerQuant
+from quant_ops.edges import activation_edges
 from quant_ops.graph import Graph, Layer, Params
 from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel, code_range
 from quant_ops.storage import quantized_params, scale_groups
@@ -38,8 +39,7 @@ def random_candidate(generator: random.Random, graph: Graph) -> Candidate:
         for layer in graph.searchable_layers
         if generator.random() < 0.85
     }
-    edges = [n.name for n in graph.nodes if n.dtype == "float32" and n.op != "getitem"]
-    chosen = [edge for edge in edges if generator.random() < 0.3]
+    chosen = [edge.name for edge in activation_edges(graph) if generator.random() < 0.3]
     return Candidate.of(layers, {edge: generator.choice([2, 4, 8]) for edge in chosen})
 
 

@@ -20,6 +20,7 @@ from search.interactive import save_html
 from search.plots import save_plots, thinned
 from search.prepare import Prepared, prepare, require_sound_float
 from search.record import JOURNAL, Record
+from search.report import float_test_of, known_test_metrics
 from search.runners.base import Runner
 from search.runners.in_process import InProcess
 from search.show import read_front, write_unfinished
@@ -73,6 +74,8 @@ def run_search(
     listener.on_phase("measuring the float model")
     require_sound_float(prepared)
     info = front_info(prepared, asked)
+    if resume:
+        info = replace(info, float_test=float_test_of(folder))
     answered = _claim_folder(prepared, folder, resume)
     record = _open_record(prepared, folder, resume)
     if answered is None:
@@ -160,7 +163,8 @@ def finish(
         results, info, weights_per_channel=prepared.space.weights_per_channel(), seconds=seconds
     )
     paths = {e.trial: str(packed_path(folder, e.trial).relative_to(folder)) for e in results}
-    front = replace(front.with_packed(paths), n_evaluations=len(evaluations))
+    front = front.with_packed(paths).with_test(known_test_metrics(record, results))
+    front = replace(front, n_evaluations=len(evaluations))
     front.save(folder / "front.json")
     save_plots(front, folder, evaluations=evaluations)
     save_html(front, folder / "front.html")

@@ -1,11 +1,13 @@
 """`search report --test`: the one reader of the labelled test split."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from quant_ops.errors import UsageError
 from quant_ops.packed import PackedModel
 from search.config import read_config
 from search.data import EVALUATION_BATCH, load_split
+from search.evaluation import Evaluation
 from search.finish import packed_path, runner_of
 from search.front import ParetoFront
 from search.interactive import save_html
@@ -13,7 +15,7 @@ from search.judge import Judge
 from search.plots import save_plots
 from search.prepare import prepare
 from search.record import Record
-from search.show import read_front
+from search.show import FRONT, read_front
 
 TEST = "test"  # fact beside a trial: {weights digest: metric on the test split}
 
@@ -36,11 +38,10 @@ def read_test_split(folder: Path, *, data: str | None = None) -> ParetoFront:
     if task.test is None:
         raise UsageError(f"task {task.name!r} has no test split; give Task(test=...) a function")
     record = Record.open(folder, storage=config.storage)
-    known = record.facts(TEST)
     uniform = [e for e in front.baselines if e.strategy == "uniform"]
     points = {e.trial: e for e in (*front.points, *uniform)}
-    todo = [t for t, e in points.items() if e.weights_digest not in known.get(t, {})]
-    metrics = {t: known[t][points[t].weights_digest] for t in points if t not in todo}
+    metrics = known_test_metrics(record, points.values())
+    todo = [trial for trial in points if trial not in metrics]
     float_test = front.info.float_test
     if todo or float_test is None:
         prepared = prepare(task, config)
@@ -59,6 +60,19 @@ def read_test_split(folder: Path, *, data: str | None = None) -> ParetoFront:
     save_plots(front, folder, evaluations=record.evaluations())
     save_html(front, folder / "front.html")
     return front
+
+
+def known_test_metrics(record: Record, evaluations: Iterable[Evaluation]) -> dict[int, float]:
+    """What the record knows of these trials' files on the test split, by trial."""
+    facts = record.facts(TEST)
+    digests = {e.trial: e.weights_digest for e in evaluations}
+    return {t: facts[t][d] for t, d in digests.items() if d in facts.get(t, {})}
+
+
+def float_test_of(folder: Path) -> float | None:
+    """The float model's test metric, if an earlier report read it."""
+    path = folder / FRONT
+    return ParetoFront.load(path).info.float_test if path.exists() else None
 
 
 def _metric(judge: Judge, packed: PackedModel, out_spec: object) -> float | None:

@@ -117,6 +117,7 @@ def run(
     from quant_ops.ranges import RANGE_SETTERS
     from search.cli.running import execute, resumed_config
     from search.durations import parse_duration
+    from search.tasks.table import from_anywhere
 
     asked: dict[str, Any] = {
         "budgets": tuple(budget or ()),
@@ -132,8 +133,8 @@ def run(
     if resume is not None:
         return execute(resumed_config(resume, asked, data), resume, resume=True, as_json=as_json)
     config = RunConfig(
-        task=task,
-        data=data,
+        task=from_anywhere(task),
+        data=str(Path(data).resolve()) if data else None,
         strategies=tuple(name.strip() for name in strategy.split(",")),
         settings=_pairs(settings or [], "--set"),
         seed=seed,

@@ -61,6 +61,12 @@ def load_task(
     return _checked(task, spec)
 
 
+def from_anywhere(spec: str) -> str:
+    """The same task, a file named by its whole path, so that a run resumes from any folder."""
+    where, colon, name = spec.rpartition(":")
+    return f"{Path(where).resolve()}:{name}" if colon and where.endswith(".py") else spec
+
+
 def _find(spec: str) -> Callable[..., object]:
     where, colon, name = spec.rpartition(":")
     if not colon:
