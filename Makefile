@@ -9,7 +9,7 @@ run: $(VENV)/.installed
 	$(BIN)/search run --budget 4MB
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
