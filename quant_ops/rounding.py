@@ -188,30 +188,46 @@ def round_model(
     *,
     refits: int = REFITS,
 ) -> QuantizedModel:
-    """Every layer with second-order codes; biases absorb the mean error that is left.
+    """`round_layers` without the real weights."""
+    return round_layers(model, params, moments, calibration, refits=refits)[0]
+
+
+def round_layers(
+    model: QuantizedModel,
+    params: Params,
+    moments: Mapping[str, InputMoments],
+    calibration: Calibration | None = None,
+    *,
+    refits: int = REFITS,
+) -> tuple[QuantizedModel, dict[str, Tensor]]:
+    """Every layer with second-order codes, and the real weights that they are nearest to.
 
     Args:
         model: where to start: its scales, its codes.
         params: the float parameters.
         moments: layer name to moments; layers without any stay as they are.
-        calibration: means for the biases; without it biases stay.
+        calibration: means, so that biases absorb the mean error that is left; without it biases
+            stay.
         refits: as in `round_layer`.
+
+    Returns:
+        The model, and layer name to (out_channels, n).
     """
     masks = {}
     if any(0 in quant.bit_widths for _, quant in model.candidate.layers):
         masks = dict(live_inputs(model.graph, model.candidate))
-    layers = dict(model.layers)
+    layers, wanted = dict(model.layers), {}
     for name in model.layers:
         if name not in moments:
             continue
         layer, live = model.graph.layer_of[name], masks.get(name)
-        rounded, _ = round_layer(
+        rounded, wanted[name] = round_layer(
             layer, layers[name], params[layer.weight], moments[name], live=live, refits=refits
         )
         if calibration is not None:
             rounded = rebiased(layer, rounded, params, calibration, live)
         layers[name] = rounded
-    return replace(model, layers=layers)
+    return replace(model, layers=layers), wanted
 
 
 def rebiased(
