@@ -52,7 +52,7 @@ def network():
 
 
 def started(network, widths, bits=None):
-    """Nearest rounding without any correction, and the float weights; `bits` of every inner edge."""
+    """Nearest rounding, no correction, and the float weights; `bits` of every inner edge."""
     traced, calibration, _ = network
     bank = WeightBank(traced.graph, traced.params, calibration, bias_correction=False)
     layers = {layer.name: layer for layer in traced.graph.layers}
