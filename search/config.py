@@ -20,6 +20,14 @@ SEARCH_SAMPLES = 1024
 PROBE_SAMPLES = 512
 
 
+RANGE_NAMES = ("weighted_mse", "mse", "minmax", "percentile")
+
+
+def default_range_setter(recover: str) -> str:
+    """Second-order rounding starts best from scales weighted by the input."""
+    return "mse" if recover == "none" else "weighted_mse"
+
+
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """Settings of one run; every field has the meaning of the option of the same name."""
@@ -41,6 +49,7 @@ class RunConfig:
     scheme: str = "auto"
     range_setter: str = "mse"
     objective: str = "loss"
+    recover: str = "none"
     workers: int = 0
     ray_address: str | None = None
     threads: int = 0

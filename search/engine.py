@@ -20,6 +20,7 @@ from search.interactive import save_html
 from search.plots import save_plots, thinned
 from search.prepare import Prepared, prepare
 from search.record import JOURNAL, Record
+from search.recovery_run import recover_front
 from search.runners.base import Runner
 from search.runners.in_process import InProcess
 from search.strategies.table import make_strategy, parse_settings
@@ -91,6 +92,8 @@ def run_search(
             _run_strategies(context, config)
         elif _is_new_question(asked_before, config):
             _answer_from_record(context)
+        if config.recover != "none":
+            recover_front(prepared, context, record, front_info(prepared, asked))
     except KeyboardInterrupt:
         interrupted = True
     finally:

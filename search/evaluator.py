@@ -88,6 +88,16 @@ class Judge:
             agreement=float(torch.cat(same).mean()) if same else None,
         )
 
+    def losses(self, run: Callable[[tuple[Tensor, ...]], Any]) -> Tensor:
+        """(samples,) quality losses, for comparisons sample by sample."""
+        found = [
+            self._quality_loss(run(inputs), target if self._by_target else reference)
+            for (inputs, target), reference in zip(
+                self.split.batches, self.float_outputs, strict=True
+            )
+        ]
+        return torch.cat(found)
+
     def _score(self, scores: Sequence[Tensor], outputs: Sequence[Any]) -> float | None:
         if scores:
             return float(torch.cat(list(scores)).mean())
@@ -167,6 +177,12 @@ class Evaluator:
         transforms = self._transforms(model.activations)
         params = model.params()
         return self.judge(split).measure(lambda x: self._run(params, transforms, x))
+
+    def losses_of(self, model: QuantizedModel, split: str = "search") -> Tensor:
+        """(samples,) quality losses of a model that brings weights of its own."""
+        transforms = self._transforms(model.activations)
+        params = model.params()
+        return self.judge(split).losses(lambda x: self._run(params, transforms, x))
 
     def evaluate(self, candidate: Candidate) -> Evaluation:
         """Quality on the search split and every cost."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -15,6 +15,7 @@ from quant_ops.bank import WeightBank
 from quant_ops.calibration import Calibration, calibrate
 from quant_ops.edges import activation_edges
 from quant_ops.executor import Executor
+from quant_ops.moments import InputMoments, collect_moments
 from search.capture import Traced, trace
 from search.choices import build_space
 from search.config import RunConfig
@@ -38,6 +39,7 @@ class EvaluatorSpec:
     by_target: bool
     task_metric: Metric
     range_setter: str
+    moments: Mapping[str, InputMoments] = field(default_factory=dict)
 
     def __call__(self) -> Evaluator:
         return Evaluator(
@@ -47,6 +49,7 @@ class EvaluatorSpec:
                 self.traced.params,
                 self.calibration,
                 range_setter=self.range_setter,
+                moments=self.moments,
             ),
             self.splits,
             quality_loss=self.quality_loss,
@@ -123,8 +126,13 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         by_target=by_metric,
         task_metric=task.metric,
         range_setter=config.range_setter,
+        moments={} if config.recover == "none" else _moments(traced, calibration_split),
     )
     return Prepared(task, config, traced, space, spec)
+
+
+def _moments(traced: Traced, split: Split) -> dict[str, InputMoments]:
+    return collect_moments(traced.graph, traced.params, split.batches)
 
 
 def _divergence(task: Task, traced: Traced, validation: Split) -> QualityLoss:

@@ -6,7 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from search.config import PROBE_SAMPLES, SEARCH_SAMPLES, RunConfig
+from search.config import (
+    PROBE_SAMPLES,
+    RANGE_NAMES,
+    SEARCH_SAMPLES,
+    RunConfig,
+    default_range_setter,
+)
 
 TaskOption = Annotated[
     str, typer.Option("--task", "-t", help="Built-in name, file.py:function or module:function.")
@@ -38,11 +44,20 @@ SchemeOption = Annotated[
     str, typer.Option("--scheme", help="auto, mid_tread, mid_rise or affine weight levels.")
 ]
 RangeOption = Annotated[
-    str, typer.Option("--range-setter", help="How scales are chosen: mse, minmax or percentile.")
+    str,
+    typer.Option(
+        "--range-setter", help="How scales are chosen: weighted_mse, mse, minmax or percentile."
+    ),
 ]
 ObjectiveOption = Annotated[
     str,
     typer.Option("--objective", help="loss: divergence from the float model; metric: the task's."),
+]
+RecoverOption = Annotated[
+    str,
+    typer.Option(
+        "--recover", help="none, fast (second-order rounding) or full (also learned, label-free)."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
@@ -77,8 +92,9 @@ def run(
     granularity: GranularityOption = "layer",
     target: TargetOption = "packed",
     scheme: SchemeOption = "auto",
-    range_setter: RangeOption = "mse",
+    range_setter: RangeOption = "",
     objective: ObjectiveOption = "loss",
+    recover: RecoverOption = "none",
     search_samples: Annotated[
         int, typer.Option(min=1, help="Validation samples that judge a candidate.")
     ] = SEARCH_SAMPLES,
@@ -132,8 +148,11 @@ def run(
         granularity=_one_of(granularity, ("layer", "group", "channel"), "--granularity"),
         target=target,
         scheme=_one_of(scheme, ("auto", "mid_tread", "mid_rise", "affine"), "--scheme"),
-        range_setter=_one_of(range_setter, ("mse", "minmax", "percentile"), "--range-setter"),
+        range_setter=_one_of(
+            range_setter or default_range_setter(recover), RANGE_NAMES, "--range-setter"
+        ),
         objective=_one_of(objective, ("loss", "metric"), "--objective"),
+        recover=_one_of(recover, ("none", "fast", "full"), "--recover"),
         search_samples=search_samples,
         probe_samples=probe_samples,
         storage=storage,

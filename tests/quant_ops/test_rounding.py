@@ -157,6 +157,25 @@ def test_pruned_channels_stay_untouched_and_mixed_widths_work(network):
     assert sizes[0] == sizes[1]
 
 
+def test_a_bank_with_moments_rounds_by_them(network):
+    traced, calibration, moments, _ = network
+    plain = WeightBank(traced.graph, traced.params, calibration)
+    second_order = WeightBank(traced.graph, traced.params, calibration, moments=moments)
+    mixed = LayerQuant((2, 2, 3, 3, 1, 1.6, 4, 0))
+    for name, quant in (("0", LayerQuant((2,))), ("2", mixed), ("4", LayerQuant((3,), "affine"))):
+        candidate = Candidate.of({name: quant})
+        errors = [
+            layer_error(traced, moments, name, bank.quantize(candidate).layers[name])
+            for bank in (plain, second_order)
+        ]
+        assert errors[1] < errors[0]
+        weight = traced.graph.layer_of[name].weight
+        assert torch.equal(
+            second_order.params(candidate)[weight],
+            second_order.quantize(candidate).params()[weight],
+        )
+
+
 def test_codes_survive_a_round_trip_through_the_grid(network):
     traced, calibration, _, _ = network
     bank = WeightBank(traced.graph, traced.params, calibration)
