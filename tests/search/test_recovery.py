@@ -120,6 +120,18 @@ def test_a_lost_file_of_a_recovered_trial_is_not_replaced_by_other_weights(finis
     path.write_bytes(content)
 
 
+def test_a_recovered_file_is_verified_against_its_run(finished, capsys):
+    folder, _ = finished
+    for evaluation in Record.open(folder).evaluations():
+        path = packed_path(folder, evaluation.trial)
+        if path.exists():
+            assert main(["verify", str(path), "--run", str(folder), "--json"]) == 0
+            # a recovery of which no step was kept has its parent's weights
+            named = [evaluation.trial, evaluation.parent]
+            found = json.loads(capsys.readouterr().out)["codes"]
+            assert any(found.startswith(f"equal to trial {trial} ") for trial in named)
+
+
 def test_one_trial_can_be_recovered_later(finished, capsys):
     folder, _ = finished
     assert main(["recover", str(folder), "--trial", "0", "--recover", "full", "--json"]) == 0
