@@ -1,7 +1,7 @@
 """From candidates to quantized weights, each layer and width computed once."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -16,6 +16,7 @@ from quant_ops.channels import live_inputs
 from quant_ops.correction import corrected_bias, spread_factor
 from quant_ops.graph import Graph, Layer, Params
 from quant_ops.layout import to_canonical
+from quant_ops.moments import InputMoments
 from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel
 from quant_ops.quantizers import (
     Levels,
@@ -26,6 +27,7 @@ from quant_ops.quantizers import (
     squared_errors,
 )
 from quant_ops.ranges import RANGE_SETTERS, weight_scales, zero_points
+from quant_ops.rounding import round_layer
 from quant_ops.stored import StoredBias, StoredScale
 
 T = TypeVar("T")
@@ -57,6 +59,8 @@ class WeightBank:
         range_setter: a name in `quant_ops.ranges.RANGE_SETTERS`.
         bias_correction: absorb the mean output error of each channel in its bias.
         spread_correction: stretch the scales such that each row keeps its spread [Banner2019].
+        moments: layer name to second moments of its input: codes by second-order rounding, for
+            the layers that have some; without, nearest rounding.
         memory_bytes: what all caches together may hold.
     """
 
@@ -69,6 +73,7 @@ class WeightBank:
         range_setter: str = "mse",
         bias_correction: bool = True,
         spread_correction: bool = False,
+        moments: Mapping[str, InputMoments] | None = None,
         memory_bytes: int = 1 << 30,
     ) -> None:
         if range_setter not in RANGE_SETTERS:
@@ -79,6 +84,7 @@ class WeightBank:
         self._range_setter = range_setter
         self._bias_correction = bias_correction and calibration is not None
         self._spread_correction = spread_correction
+        self._moments = moments or {}
         self._cache = _ByteCache(memory_bytes)
         self._activations: dict[tuple[str, int], ActivationQuant] = {}
 
@@ -206,7 +212,8 @@ class WeightBank:
         key = ("uniform", layer.name, bit_width, scheme, group_size)
 
         def compute() -> _UniformRows:
-            return self._quantize_rows(layer, bit_width, scheme, group_size)
+            rows = self._quantize_rows(layer, bit_width, scheme, group_size)
+            return self._rounded(layer, bit_width, rows) if layer.name in self._moments else rows
 
         return self._cache.get(key, compute, lambda u: u.size_bytes)
 
@@ -241,6 +248,17 @@ class WeightBank:
             None if zero is None else zero.reshape(shape).to(torch.int16).numpy(),
             chosen == "mid_rise",
         )
+
+    def _rounded(self, layer: Layer, bit_width: float, rows: _UniformRows) -> _UniformRows:
+        """The same with second-order codes, and scales to match."""
+        mid_rise = frozenset({bit_width} if rows.mid_rise else ())
+        widths = (bit_width,) * layer.out_channels
+        nearest = QuantizedLayer(
+            widths, rows.codes, {bit_width: rows.scale}, mid_rise, rows.zero_points, None
+        )
+        weight = self.float_params[layer.weight]
+        rounded, _ = round_layer(layer, nearest, weight, self._moments[layer.name])
+        return replace(rows, codes=rounded.codes, scale=rounded.scales[bit_width])
 
     def _choose(
         self,

@@ -44,6 +44,7 @@ class RunConfig:
     range_setter: str = "weighted_mse"
     correction: str = "mean-spread"
     objective: str = "loss"
+    recover: str = "none"
     workers: int = 0
     ray_address: str | None = None
     threads: int = 0

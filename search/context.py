@@ -110,7 +110,7 @@ class RunContext:
         self._record = record
         self._folder = folder
         self._evaluator = evaluator
-        self._listener = listener or Listener()
+        self.listener = listener or Listener()
         self._recorded = {e.candidate: e for e in record.evaluations() if not e.recipe}
         self._reached: dict[Candidate, Evaluation] = {}
         self._n_used = 0
@@ -121,7 +121,7 @@ class RunContext:
         self.strategy = strategy
         self._limits = limits
         self._n_used = 0
-        self._listener.on_phase(strategy)
+        self.listener.on_phase(strategy)
 
     def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
         """See `Context.evaluate`."""
@@ -152,7 +152,7 @@ class RunContext:
         for n, (position, loss) in enumerate(self._runner.run(jobs), start=1):
             assert isinstance(loss, float)
             self._probes.add(waiting[position], loss)
-            self._listener.on_probe(n, len(jobs))
+            self.listener.on_probe(n, len(jobs))
             if self._out_of_time():
                 raise SearchOver
         return [self._probes.losses[key] for key in keys]
@@ -177,9 +177,11 @@ class RunContext:
             weights_digest=packed.digest,
         )
         (recorded,) = self._record.append([evaluation], self.budgets)
-        packed.save(packed_path(self._folder, recorded.trial))
+        path = packed_path(self._folder, recorded.trial)
+        path.parent.mkdir(exist_ok=True)
+        packed.save(path)
         self._n_used += 1
-        self._listener.on_evaluation(recorded, False)
+        self.listener.on_evaluation(recorded, False)
         return recorded
 
     def size_of(self, candidate: Candidate) -> int:
@@ -218,7 +220,7 @@ class RunContext:
     def _reach(self, evaluation: Evaluation, *, known: bool) -> None:
         self._reached[evaluation.candidate] = evaluation
         self._n_used += 1
-        self._listener.on_evaluation(evaluation, known)
+        self.listener.on_evaluation(evaluation, known)
 
     def _measure(self, candidates: Sequence[Candidate]) -> bool:
         """Evaluate and record; False when time ran out first.

@@ -20,6 +20,7 @@ from search.interactive import save_html
 from search.plots import save_plots, thinned
 from search.prepare import Prepared, prepare, require_sound_float
 from search.record import JOURNAL, Record
+from search.recovery_run import recover_front
 from search.report import float_test_of, known_test_metrics
 from search.runners.base import Runner
 from search.runners.in_process import InProcess
@@ -99,6 +100,8 @@ def run_search(
             _run_strategies(context, config)
         elif _is_new_question(answered, config):
             _answer_from_record(context)
+        if config.recover != "none":
+            recover_front(prepared, context, record, info)
         _write_config(prepared, folder, answered=config)
     except KeyboardInterrupt:
         interrupted = True

@@ -89,6 +89,12 @@ class Evaluator:
         params = model.params()
         return self.judge(split).measure(lambda x: self._run(params, transforms, x))
 
+    def losses_of(self, model: QuantizedModel, split: str = "search") -> Tensor:
+        """(samples,) quality losses of a model that brings weights of its own."""
+        transforms = _fake_quantizers(self._at_nodes(model.activations))
+        params = model.params()
+        return self.judge(split).losses(lambda x: self._run(params, transforms, x))
+
     def measure_many(
         self, candidates: Sequence[Candidate], split: str = "search"
     ) -> list[Measurement]:

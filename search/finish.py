@@ -72,6 +72,12 @@ def pack_trial(prepared: Prepared, evaluation: Evaluation, folder: Path) -> Pack
     """
     path = packed_path(folder, evaluation.trial)
     if not path.exists():
+        if evaluation.recipe:
+            raise VerificationError(
+                f"{path} is missing, and trial {evaluation.trial} ({evaluation.recipe}) cannot be "
+                f"written from its widths alone; recover its parent again: "
+                f"search recover {folder} --trial {evaluation.parent}"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         PackedModel.from_model(prepared.evaluator.bank.quantize(evaluation.candidate)).save(path)
     packed = PackedModel.load(path)
@@ -79,6 +85,10 @@ def pack_trial(prepared: Prepared, evaluation: Evaluation, folder: Path) -> Pack
         raise VerificationError(
             f"{path} has {packed.size_bytes:,} bytes, trial {evaluation.trial} was recorded with "
             f"{evaluation.size_bytes:,}; delete the file to have it written again"
+        )
+    if evaluation.recipe and packed.digest != evaluation.weights_digest:
+        raise VerificationError(
+            f"{path} holds other weights than trial {evaluation.trial} was recorded with"
         )
     return packed
 

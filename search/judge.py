@@ -71,6 +71,13 @@ class Judge:
             self.add(tally, number, run(inputs))
         return self.conclude(tally)
 
+    def losses(self, run: Callable[[tuple[Tensor, ...]], Any]) -> Tensor:
+        """(samples,) quality losses, for comparisons sample by sample."""
+        tally = Tally()
+        for number, (inputs, _) in enumerate(self.split.batches):
+            self.add(tally, number, run(inputs))
+        return torch.cat(tally.losses)
+
     def add(self, tally: "Tally", number: int, outputs: Any) -> None:
         """Judge the outputs of batch `number`; batches come in order."""
         _, target = self.split.batches[number]

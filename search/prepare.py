@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from quant_ops.calibration import Calibration, calibrate
 from quant_ops.edges import activation_edges
 from quant_ops.errors import UsageError
 from quant_ops.executor import Executor
+from quant_ops.moments import InputMoments, collect_moments
 from search.blame import blaming
 from search.capture import Traced, trace
 from search.choices import build_space
@@ -42,6 +43,7 @@ class EvaluatorSpec:
     task_metric: Metric
     range_setter: str
     correction: str
+    moments: Mapping[str, InputMoments] = field(default_factory=dict)
 
     def __call__(self) -> Evaluator:
         return Evaluator(
@@ -52,7 +54,9 @@ class EvaluatorSpec:
                 self.calibration,
                 range_setter=self.range_setter,
                 bias_correction=self.correction != "none",
-                spread_correction=self.correction == "mean-spread",
+                # second-order rounding keeps the spread by itself
+                spread_correction=self.correction == "mean-spread" and not self.moments,
+                moments=self.moments,
             ),
             self.splits,
             quality_loss=self.quality_loss,
@@ -136,6 +140,7 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         task_metric=task.metric,
         range_setter=config.range_setter,
         correction=config.correction,
+        moments={} if config.recover == "none" else _moments(traced, calibration_split),
     )
     return Prepared(task, config, traced, space, spec)
 
@@ -166,6 +171,10 @@ def require_sound_float(prepared: Prepared) -> None:
             "the float model's outputs, or its quality loss, are not finite on the task's "
             "validation data; check the inputs and the checkpoint"
         )
+
+
+def _moments(traced: Traced, split: Split) -> dict[str, InputMoments]:
+    return collect_moments(traced.graph, traced.params, split.batches)
 
 
 def _divergence(task: Task, traced: Traced, validation: Split) -> QualityLoss:

@@ -140,6 +140,10 @@ def _compare_with_run(
         if evaluation.size_bytes == packed.size_bytes and not evaluation.pruned:
             digests[evaluation.trial] = evaluation
     for trial, evaluation in digests.items():
+        if evaluation.recipe:  # its weights are not a function of its widths
+            if evaluation.weights_digest == packed.digest:
+                return {"codes": f"equal to trial {trial} of {run}: the same weights"}
+            continue
         model = prepared.evaluator.bank.quantize(evaluation.candidate)
         if first_difference(packed.model, model) is None:
             return {"codes": f"equal to trial {trial} of {run}: codes, scales and biases"}

@@ -16,7 +16,7 @@ RunArgument = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
 def register(app: typer.Typer) -> None:
     """Add the subcommands of this file."""
-    for command in (show, report, compare, dashboard, tasks, strategies, targets):
+    for command in (show, report, recover, compare, dashboard, tasks, strategies, targets):
         app.command(command.__name__)(command)
 
 
@@ -39,6 +39,28 @@ def report(
     from search.show import read_front
 
     _print(read_test_split(run, data=data) if test else read_front(run), as_json=as_json)
+    return 0
+
+
+def recover(
+    run: RunArgument,
+    trial: Annotated[int, typer.Option("--trial", help="Number, as `search show` lists.")],
+    level: Annotated[
+        str, typer.Option("--recover", help="fast (second-order rounding) or full (also learned).")
+    ] = "full",
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Better weights for one trial from calibration inputs alone, as a new trial."""
+    from search.recovery_run import recover_trial
+    from search.tables import print_recovery, stdout_console
+
+    evaluation, steps = recover_trial(run, trial, level, data=data)
+    if as_json:
+        found = {"trial": evaluation.trial, "parent": evaluation.parent, "loss": evaluation.loss}
+        print(json.dumps({**found, "steps": [step.to_json() for step in steps]}, indent=1))
+    else:
+        print_recovery(evaluation, steps, stdout_console())
     return 0
 
 

@@ -51,6 +51,12 @@ ObjectiveOption = Annotated[
     str,
     typer.Option("--objective", help="loss: divergence from the float model; metric: the task's."),
 ]
+RecoverOption = Annotated[
+    str,
+    typer.Option(
+        "--recover", help="none, fast (second-order rounding) or full (also learned, label-free)."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
@@ -87,6 +93,7 @@ def run(
     range_setter: RangeOption = "weighted_mse",
     correction: CorrectionOption = "mean-spread",
     objective: ObjectiveOption = "loss",
+    recover: RecoverOption = "none",
     search_samples: Annotated[
         int, typer.Option(min=1, help="Validation samples that judge a candidate.")
     ] = SEARCH_SAMPLES,
@@ -145,6 +152,7 @@ def run(
         range_setter=_one_of(range_setter, tuple(RANGE_SETTERS), "--range-setter"),
         correction=_one_of(correction, CORRECTIONS, "--correction"),
         objective=_one_of(objective, ("loss", "metric"), "--objective"),
+        recover=_one_of(recover, ("none", "fast", "full"), "--recover"),
         search_samples=search_samples,
         probe_samples=probe_samples,
         storage=storage,

@@ -1,0 +1,285 @@
+"""Block by block: rounding, scales, biases and activation steps that restore the float outputs."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quant_ops.blocks import Block, split_into_blocks
+from quant_ops.edges import activation_edges
+from quant_ops.executor import Executor, Transform
+from quant_ops.graph import Graph, Params
+from quant_ops.quantized import QuantizedModel
+from quant_ops.samples import Samples, Values
+from quant_ops.soft import SoftActivation, SoftLayer
+
+OutputLoss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""(outputs, float outputs) -> scalar, differentiable."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReconstructionSettings:
+    """How a block is learned.
+
+    Attributes:
+        steps: per block.
+        batch: samples of a step; None keeps the given batches whole.
+        rounding_rate, scale_rate, bias_rate, step_rate: of Adam; the last for activations.
+        pull: weight of the term that makes codes whole, relative to the block's first error.
+        free: share of the steps without that term.
+        drop: how often an activation is left float while weights are learned [Wei2022]; only
+            where activations are quantized.
+        seed: of mini-batches and drops.
+    """
+
+    steps: int = 200
+    batch: int | None = 32
+    rounding_rate: float = 0.05
+    scale_rate: float = 1e-3
+    bias_rate: float = 1e-3
+    step_rate: float = 1e-2
+    pull: float = 5.0
+    free: float = 0.2
+    drop: float = 0.5
+    seed: int = 0
+
+
+def reconstruct(
+    model: QuantizedModel,
+    params: Params,
+    batches: Iterable[tuple[Sequence[Tensor], Any]],
+    wanted: Mapping[str, Tensor],
+    *,
+    output_loss: OutputLoss,
+    sensitivity: Mapping[int, Tensor] | None = None,
+    settings: ReconstructionSettings | None = None,
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> QuantizedModel:
+    """Learn the codes block by block, each on the inputs that the blocks before it now give.
+
+    [Nagel2020], [Li2021]. Labels are not needed; widths and sizes stay. The same under one seed
+    and thread count. Values of one block are held in memory for all samples.
+
+    Args:
+        model: where to start, best from second-order rounding.
+        params: the float parameters.
+        batches: (inputs, target) pairs; targets are ignored.
+        wanted: layer name to real weights, as `round_layer` gives; a layer without keeps its
+            codes.
+        output_loss: of the network's outputs, for the last block.
+        sensitivity: node index to channel weights of squared errors, for the other blocks.
+        settings: of the learning.
+        on_block: told (done, total).
+    """
+    settings = settings or ReconstructionSettings()
+    samples = Samples(batches, settings.batch)
+    blocks = split_into_blocks(model.graph)
+    values = _Values(model.graph, params, samples)
+    quantized = float_inputs = samples.inputs
+    for done, block in enumerate(blocks, start=1):
+        targets = values.outputs(block, params, {}, float_inputs)
+        goal = _Goal(block, targets, output_loss if done == len(blocks) else None, sensitivity)
+        learner = _BlockLearner(model, block, wanted, settings)
+        if learner.learns:
+            learner.learn(samples, values, (quantized, float_inputs), goal, seed=done)
+            model = learner.updated(model)
+        hooks = _hard_transforms(model, block)
+        quantized = values.outputs(block, model.params(), hooks, quantized)
+        float_inputs = targets
+        on_block(done, len(blocks))
+    return model
+
+
+class _Values:
+    """Runs blocks chunk by chunk; knows the sizes that enter them beside the one value."""
+
+    def __init__(self, graph: Graph, params: Params, samples: Samples) -> None:
+        self._executor = Executor(graph)
+        self._params = params
+        self._samples = samples
+        self._side: dict[tuple[int, int], Any] = {}
+
+    def outputs(
+        self, block: Block, params: Params, hooks: Mapping[int, Transform], inputs: list[Values]
+    ) -> list[Values]:
+        executor = Executor(block.graph)
+
+        def run(*parts: Tensor) -> Sequence[Any]:
+            side = self.side(block, len(parts[0]))
+            return executor.run(params, [*parts, *side], transforms=hooks)[0]
+
+        return self._samples.map(run, *inputs)
+
+    def side(self, block: Block, n: int) -> list[Any]:
+        """What enters a block beside its input, for a batch of `n`."""
+        if block.start == 0 or len(block.sources) == 1:
+            return []
+        nodes = block.sources[1:]
+        if any((node, n) not in self._side for node in nodes):
+            whole = next(
+                parts for parts in zip(*self._samples.inputs, strict=True) if len(parts[0]) >= n
+            )
+            inputs = [x[:n] for x in whole]
+            found = self._executor.run(self._params, inputs, keep=nodes)[1]
+            self._side.update({(node, n): found[node] for node in nodes})
+        return [self._side[node, n] for node in nodes]
+
+
+class _Goal:
+    """What a block's outputs should be, and how far off they are."""
+
+    def __init__(
+        self,
+        block: Block,
+        targets: list[Values],
+        output_loss: OutputLoss | None,
+        sensitivity: Mapping[int, Tensor] | None,
+    ) -> None:
+        self.targets = targets
+        self._output_loss = output_loss
+        self._weight = (sensitivity or {}).get(block.targets[0], torch.ones(()))
+        power = sum(float(x.var(dim=0).mean()) for x in targets[0]) / len(targets[0])
+        self._power = power if power > 0 else 1.0
+
+    def loss(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+        if self._output_loss is not None:
+            return self._output_loss(outputs, wanted)
+        (y,), (target,) = outputs, wanted
+        return ((y - target).square() * self._weight).mean() / self._power
+
+
+class _BlockLearner:
+    """What is learned of one block."""
+
+    def __init__(
+        self,
+        model: QuantizedModel,
+        block: Block,
+        wanted: Mapping[str, Tensor],
+        settings: ReconstructionSettings,
+    ) -> None:
+        self._block = block
+        self._settings = settings
+        self._layers = {
+            name: SoftLayer(block.graph.layer_of[name], model.layers[name], wanted.get(name))
+            for name in block.layers
+            if name in model.layers and block.graph.layer_of[name].kind != "embedding"
+        }
+        self._activations = {
+            name: (node, SoftActivation(model.activations[name]))
+            for name, node in _edges_inside(model, block).items()
+        }
+        self._params: dict[str, Tensor] = model.params()
+
+    @property
+    def learns(self) -> bool:
+        return bool(self._layers or self._activations)
+
+    def learn(
+        self,
+        samples: Samples,
+        values: _Values,
+        inputs: tuple[list[Values], list[Values]],
+        goal: _Goal,
+        *,
+        seed: int,
+    ) -> None:
+        settings = self._settings
+        generator = torch.Generator().manual_seed(settings.seed * 1000 + seed)
+        quantized, floats = ([samples.joined(v) for v in side] for side in inputs)
+        targets = [samples.joined(v) for v in goal.targets]
+        executor = Executor(self._block.graph)
+        optimizer = torch.optim.Adam(self._groups())
+        drops = bool(self._activations)
+        hooks = {
+            node: _dropped(a, generator, settings.drop) for node, a in self._activations.values()
+        }
+        first = 0.0
+        for step, picked in enumerate(samples.draw(settings.steps, generator)):
+            parts = [samples.take(v, picked) for v in quantized]
+            if drops:
+                whole = [samples.take(v, picked) for v in floats]
+                parts = [
+                    _mixed(q, x, generator, settings.drop)
+                    for q, x in zip(parts, whole, strict=True)
+                ]
+            side = values.side(self._block, len(parts[0]))
+            outputs = executor.run_with_grad(self._soft_params(), [*parts, *side], hooks)
+            error = goal.loss(outputs, [samples.take(v, picked) for v in targets])
+            first = first or float(error.detach())
+            loss = error + settings.pull * first * self._indecision(step / settings.steps)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+    def updated(self, model: QuantizedModel) -> QuantizedModel:
+        learned = {name: soft.result() for name, soft in self._layers.items()}
+        steps = {name: soft.result() for name, (_, soft) in self._activations.items()}
+        return replace(
+            model,
+            layers={**model.layers, **learned},
+            activations={**model.activations, **steps},
+        )
+
+    def _soft_params(self) -> dict[str, Tensor]:
+        for name, soft in self._layers.items():
+            layer = self._block.graph.layer_of[name]
+            self._params[layer.weight] = soft.weight()
+            bias = soft.live_bias()
+            if layer.bias is not None and bias is not None:
+                self._params[layer.bias] = bias
+        return self._params
+
+    def _groups(self) -> list[dict[str, Any]]:
+        s, layers = self._settings, self._layers.values()
+        kinds: list[tuple[float, list[Tensor | None]]] = [
+            (s.rounding_rate, [x.choice for x in layers]),
+            (s.scale_rate, [x.log_scale for x in layers]),
+            (s.bias_rate, [x.bias for x in layers]),
+            (s.step_rate, [a.log_scale for _, a in self._activations.values()]),
+        ]
+        return [
+            {"params": [t for t in tensors if t is not None], "lr": rate}
+            for rate, tensors in kinds
+            if any(t is not None for t in tensors)
+        ]
+
+    def _indecision(self, share: float) -> Tensor:
+        free = self._settings.free
+        if share < free:
+            return torch.zeros(())
+        left = 0.5 * (1 + np.cos(np.pi * (share - free) / (1 - free)))
+        terms = [soft.indecision(2 + 18 * float(left)) for soft in self._layers.values()]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def _edges_inside(model: QuantizedModel, block: Block) -> dict[str, int]:
+    """Edge name to node of the block's graph, for the quantized edges whose value arises there."""
+    index_of = block.graph.index_of
+    names = [node.name for node in model.graph.nodes]
+    first = block.start == 0
+    return {
+        edge.name: index_of[names[edge.node]]
+        for edge in activation_edges(model.graph)
+        if edge.name in model.activations
+        and (block.start <= edge.node < block.stop or (first and edge.kind == "input"))
+    }
+
+
+def _hard_transforms(model: QuantizedModel, block: Block) -> dict[int, Transform]:
+    return {
+        node: model.activations[name].fake_quantize
+        for name, node in _edges_inside(model, block).items()
+    }
+
+
+def _dropped(soft: SoftActivation, generator: torch.Generator, share: float) -> Transform:
+    return lambda x: _mixed(soft(x), x, generator, share)
+
+
+def _mixed(quantized: Tensor, x: Tensor, generator: torch.Generator, share: float) -> Tensor:
+    """The quantized value, but `share` of its elements left float."""
+    return torch.where(torch.rand(x.shape, generator=generator) < share, x, quantized)

@@ -1,0 +1,115 @@
+"""Recovery of recorded trials: each becomes a new trial that names its parent."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from quant_ops.errors import UsageError
+from search.budget import Budgets
+from search.config import read_config
+from search.context import Listener, RunContext
+from search.evaluation import Evaluation, within
+from search.front import FrontInfo, ParetoFront
+from search.plots import thinned
+from search.prepare import Prepared, prepare
+from search.record import Record
+from search.recovery import LEVELS, Recovery, Step
+from search.runners.in_process import InProcess
+from search.show import read_front
+
+RECOVERY = "recovery"  # fact beside a recovered trial: its steps
+MAX_RECOVERED = {"fast": 48, "full": 12}  # points of the front, evenly by rank
+BASELINE_SHARE = 3  # as many baselines as a third of that, each kind
+
+
+def recover_front(
+    prepared: Prepared, context: RunContext, record: Record, info: FrontInfo
+) -> list[Evaluation]:
+    """Recover the front and the baselines of a run, as its settings say; the new trials.
+
+    What an interrupted run has recovered before is not recovered again.
+    """
+    level = prepared.config.recover
+    evaluations = [e for e in record.evaluations() if prepared.space.contains(e.candidate)]
+    done = {e.parent for e in evaluations if e.recipe == level}
+    plain = [e for e in evaluations if not e.recipe]
+    todo = [e for e in _worth_recovering(plain, info, level) if e.trial not in done]
+    recovery = Recovery(prepared, seed=prepared.config.seed)
+    context.listener.on_phase(f"recovering the front ({level})")
+    out = []
+    for number, parent in enumerate(todo, start=1):
+        out.append(_recover_one(recovery, context, record, parent, level)[0])
+        context.listener.on_step(number, len(todo), f"recovered trial {parent.trial}")
+    return out
+
+
+def recover_trial(
+    folder: Path, trial: int, level: str = "full", *, data: str | None = None
+) -> tuple[Evaluation, tuple[Step, ...]]:
+    """Recover one trial of a finished run and write its front anew.
+
+    Raises:
+        UsageError: there is no such run, trial or level.
+    """
+    from search.engine import finish
+    from search.tasks.table import load_task
+
+    if level not in LEVELS[1:]:
+        raise UsageError(f"--recover must be one of {', '.join(LEVELS[1:])}, got {level!r}")
+    config, _ = read_config(folder)
+    front = read_front(folder)
+    record = Record.open(folder, storage=config.storage)
+    known = {e.trial: e for e in record.evaluations()}
+    if trial not in known:
+        raise UsageError(
+            f"{folder} has no trial {trial}; `search show {folder}` lists those of the front"
+        )
+    parent = known[trial]
+    if parent.recipe and parent.parent is not None:  # start from its codes' own origin
+        parent = known.get(parent.parent, parent)
+    where = data or config.data
+    prepared = prepare(load_task(config.task, data=Path(where) if where else None), config)
+    budgets = Budgets.parse(config.budgets)
+    context = RunContext(
+        space=prepared.space,
+        budgets=budgets.limits,
+        costs=prepared.costs,
+        seed=config.seed,
+        runner=InProcess(prepared.evaluator),
+        record=record,
+        folder=folder,
+        evaluator=prepared.evaluator,
+    )
+    recovery = Recovery(prepared, seed=config.seed)
+    evaluation, steps = _recover_one(recovery, context, record, parent, level)
+    finish(prepared, record, folder, front.info, front.seconds, Listener())
+    return evaluation, steps
+
+
+def _recover_one(
+    recovery: Recovery, context: RunContext, record: Record, parent: Evaluation, level: str
+) -> tuple[Evaluation, tuple[Step, ...]]:
+    found = recovery.recover(parent.candidate, level)
+    # a recovered baseline is still that baseline
+    context.strategy = parent.strategy
+    evaluation = context.submit(
+        parent.candidate, found.model, recipe=found.recipe, parent=parent.trial
+    )
+    record.add_fact(evaluation.trial, RECOVERY, [step.to_json() for step in found.steps])
+    return evaluation, found.steps
+
+
+def _worth_recovering(plain: Sequence[Evaluation], info: FrontInfo, level: str) -> list[Evaluation]:
+    """Points of the front, and a few of each baseline, smallest first."""
+    front = ParetoFront.of(plain, info)
+    n = MAX_RECOVERED[level]
+    chosen = {e.trial: e for e in thinned(front.points, n)}
+    for name in {e.strategy for e in front.baselines}:
+        of_kind = [e for e in front.baselines if e.strategy == name]
+        inside = [e for e in of_kind if within(info.budgets.limits, e.costs)]
+        chosen |= {e.trial: e for e in thinned(inside, n // BASELINE_SHARE)}
+    return sorted(chosen.values(), key=lambda e: (e.size_bytes, e.trial))
+
+
+def recovery_steps(record: Record, trial: int) -> tuple[Step, ...]:
+    """The steps of a recovered trial, () of any other."""
+    return tuple(Step.from_json(step) for step in record.facts(RECOVERY).get(trial, ()))
