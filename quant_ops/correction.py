@@ -13,7 +13,7 @@ from quant_ops.calibration import Calibration, ChannelSums
 from quant_ops.executor import Executor, Transform
 from quant_ops.graph import Layer
 from quant_ops.quantized import QuantizedLayer, QuantizedModel
-from quant_ops.stored import StoredBias, StoredScale
+from quant_ops.stored import StoredBias
 
 _FACTOR_LIMITS = (0.5, 2.0)  # a channel that needs more is broken, not merely shrunk
 
@@ -77,9 +77,7 @@ def rescaled(layer: QuantizedLayer, factor: NDArray[np.floating]) -> QuantizedLa
     """The layer with the scales of each channel times `factor` (out_channels,), codes kept."""
     widths = np.asarray(layer.bit_widths)
     scales = {
-        width: StoredScale.nearest(
-            stored.values.astype(np.float64) * factor[widths == width][:, None]
-        )
+        width: stored.moved(factor[widths == width][:, None])
         for width, stored in layer.scales.items()
     }
     return replace(layer, scales=scales)

@@ -60,6 +60,7 @@ def reconstruct(
 ) -> QuantizedModel:
     """Learn the codes block by block, each on the inputs that the blocks before it now give.
 
+    A block keeps what it had where whole codes come out worse than that on the samples.
     [Nagel2020], [Li2021]. Labels are not needed; widths and sizes stay. The same under one seed
     and thread count. Values of one block are held in memory for all samples.
 
@@ -85,9 +86,13 @@ def reconstruct(
         learner = _BlockLearner(model, block, wanted, settings)
         if learner.learns:
             learner.learn(samples, values, (quantized, float_inputs), goal, seed=done)
-            model = learner.updated(model)
-        hooks = _hard_transforms(model, block)
-        quantized = values.outputs(block, model.params(), hooks, quantized)
+        tried = [learner.updated(model), model] if learner.learns else [model]
+        results = [
+            values.outputs(block, m.params(), _hard_transforms(m, block), quantized) for m in tried
+        ]
+        errors = [goal.mean_loss(outputs) for outputs in results]
+        best = errors.index(min(errors))
+        model, quantized = tried[best], results[best]
         float_inputs = targets
         on_block(done, len(blocks))
     return model
@@ -143,6 +148,17 @@ class _Goal:
         self._weight = (sensitivity or {}).get(block.targets[0], torch.ones(()))
         power = sum(float(x.var(dim=0).mean()) for x in targets[0]) / len(targets[0])
         self._power = power if power > 0 else 1.0
+
+    def mean_loss(self, outputs: list[Values]) -> float:
+        """Over all samples; infinite where it is not a number."""
+        with torch.no_grad():
+            total = sum(
+                float(self.loss(y, t)) * len(y[0])
+                for y, t in zip(
+                    zip(*outputs, strict=True), zip(*self.targets, strict=True), strict=True
+                )
+            )
+        return total if np.isfinite(total) else np.inf
 
     def loss(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
         if self._output_loss is not None:

@@ -15,12 +15,12 @@ from torch import Tensor
 from quant_ops.bit_widths import LEVELS
 from quant_ops.calibration import Calibration
 from quant_ops.channels import live_inputs
-from quant_ops.correction import corrected_bias
+from quant_ops.correction import corrected_bias, rescaled
 from quant_ops.graph import Layer, Params
 from quant_ops.layout import to_canonical
 from quant_ops.moments import InputMoments
 from quant_ops.quantized import QuantizedLayer, QuantizedModel, code_range
-from quant_ops.stored import StoredBias, StoredScale
+from quant_ops.stored import StoredBias
 
 DAMPING = 0.003  # of the mean diagonal of H: what calibration data never excite counts a little
 SWEEPS = 6
@@ -309,14 +309,7 @@ def _refitted(
     power = (bent * values).sum(dim=2)
     factor = torch.where(power > 0, (bent * weights).sum(dim=2) / power.clamp_min(1e-300), 1.0)
     factors = factor.clamp(0.5, 2.0).flatten().numpy()
-    widths = np.asarray(quantized.bit_widths)
-    scales = {
-        width: StoredScale.nearest(
-            stored.values.astype(np.float64) * factors[widths == width][:, None]
-        )
-        for width, stored in quantized.scales.items()
-    }
-    return replace(quantized, scales=scales)
+    return rescaled(quantized, factors)
 
 
 def _damped(hessian: Tensor) -> Tensor:

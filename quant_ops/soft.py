@@ -12,7 +12,7 @@ from quant_ops.quantized import ActivationQuant, QuantizedLayer
 from quant_ops.rounding import grid_of, signed_codes, with_codes
 from quant_ops.stored import StoredBias, StoredScale, ratio_values
 
-_HEADROOM = 1.25  # how far the largest scale of a layer may grow
+_HEADROOM = 2  # how far the largest scale of a layer may grow; keeps the grid of stored scales
 _STRETCH = (-0.1, 1.1)  # the sigmoid is stretched to this and clipped, so that it reaches 0 and 1
 _INSIDE = 0.49  # in steps: a start from which rounding gives the codes it was given
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 MANTISSA = 16  # sixteen steps per octave: a stored scale is within 3.2 % of the wanted one
 MAX_EXPONENT = 15
 BIAS_MAX = 32767
+TOP_RATIO = 31 / 32  # the largest stored factor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +36,22 @@ class StoredScale:
         wide = np.asarray(wanted, dtype=np.float64)
         top = float(wide.max(initial=0.0))
         base = np.float32(top if top > 0 else 1.0) * np.float32(32 / 31)
+        return cls._nearest(base, wide)
+
+    def moved(self, factor: NDArray[np.floating]) -> "StoredScale":
+        """The stored scales nearest to these times `factor` (broadcastable), on the same grid.
+
+        The base is kept, or doubled as often as the largest scale needs: a factor of nearly 1
+        changes nothing.
+        """
+        wide = self.values.astype(np.float64) * factor
+        base, top = self.base, float(wide.max(initial=0.0))
+        while top > float(base) * TOP_RATIO * 1.016:
+            base = np.float32(base * 2)
+        return self._nearest(base, wide)
+
+    @classmethod
+    def _nearest(cls, base: np.float32, wide: NDArray[np.float64]) -> Self:
         grid = ratio_values().astype(np.float64) * float(base)
         log_grid = np.log2(grid[::-1])  # ascending
         middle = (log_grid[1:] + log_grid[:-1]) / 2
