@@ -39,7 +39,7 @@ def read_back(prepared, candidate, path):
 def test_file_and_search_agree_on_bytes_codes_and_quality(prepared, tmp_path, name, seed):
     ready = prepared(name)
     candidate = ready.space.sample(np.random.default_rng(seed))
-    evaluation = ready.evaluator.evaluate(candidate)
+    (evaluation,) = ready.evaluator.evaluate_many([candidate])
     packed = read_back(ready, candidate, tmp_path / "x.safetensors")
     assert (tmp_path / "x.safetensors").stat().st_size == evaluation.size_bytes
     assert first_difference(packed.model, ready.evaluator.bank.quantize(candidate)) is None
