@@ -61,7 +61,7 @@ def test_each_level_is_better_than_the_one_before():
 
 def test_steps_tell_what_each_gained():
     prepared = prepare(toy_task(), config())
-    evaluation = prepared.evaluator.evaluate(prepared.space.uniform(2))
+    (evaluation,) = prepared.evaluator.evaluate_many([prepared.space.uniform(2)])
     found = recover(prepared, evaluation, "full", steps=20)
     names = ["start", "rounding", "norms", "reconstruction", "norms", "distillation"]
     assert [step.name for step in found.steps] == names
