@@ -106,7 +106,7 @@ class FakeContext:
 
     Attributes:
         trials: how many distinct candidates may be evaluated.
-        record: every finished evaluation, of earlier sessions too.
+        record: every finished evaluation, of interrupted runs too.
         batches: the candidates of every call.
     """
 
@@ -174,7 +174,7 @@ class FakeContext:
         return evaluation
 
     def history(self) -> list[Evaluation]:
-        """What this session was answered, in order."""
+        """What this run was answered so far, in order."""
         return list(self.answered.values())
 
     def should_stop(self) -> bool:
