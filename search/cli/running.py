@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quant_ops.errors import NothingFeasibleError
-from search.budget import format_size
+from search.budget import Budgets, format_size
 from search.config import RunConfig, read_config
 from search.engine import Finished, require_new_folder, run_search
 from search.folders import new_folder
@@ -44,6 +44,7 @@ def execute(config: RunConfig, out: Path | None, *, resume: bool, as_json: bool)
     """Run, print the front, return the exit code."""
     listener = ConsoleListener(trials=config.trial_limit, time_limit_s=config.time_limit_s)
     with listener:
+        Budgets.parse(config.budgets)  # a slip of the pen must not wait for a task to be trained
         if out is not None and not resume:
             require_new_folder(out)
         task = load_task_for(config, listener)
