@@ -97,10 +97,12 @@ class RunContext:
         record: Record,
         folder: Path,
         evaluator: Evaluator,
+        sizes: tuple[int, ...] = (),
         listener: Listener | None = None,
     ) -> None:
         self.space = space
         self.budgets = budgets
+        self.sizes = sizes
         self.costs = costs
         self.seed = seed
         self.batch_size = max(BATCH_SIZE, JOBS_PER_WORKER * runner.n_workers)

@@ -88,6 +88,7 @@ def run_search(
         context = RunContext(
             space=prepared.space,
             budgets=budgets,
+            sizes=asked.sizes,
             costs=prepared.costs,
             seed=config.seed,
             runner=runner,

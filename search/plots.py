@@ -117,7 +117,7 @@ def thinned(points: Sequence[Evaluation], n: int) -> list[Evaluation]:
     """At most `n` points, evenly by rank, both ends kept."""
     if len(points) <= n:
         return list(points)
-    return [points[round(i * (len(points) - 1) / (n - 1))] for i in range(n)]
+    return [points[round(i * (len(points) - 1) / max(n - 1, 1))] for i in range(n)]
 
 
 def bit_colors() -> tuple[Colormap, BoundaryNorm]:

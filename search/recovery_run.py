@@ -72,6 +72,7 @@ def recover_trial(
     context = RunContext(
         space=prepared.space,
         budgets=budgets.limits,
+        sizes=budgets.sizes,
         costs=prepared.costs,
         seed=config.seed,
         runner=InProcess(prepared.evaluator),
@@ -99,15 +100,35 @@ def _recover_one(
 
 
 def _worth_recovering(plain: Sequence[Evaluation], info: FrontInfo, level: str) -> list[Evaluation]:
-    """Points of the front, and a few of each baseline, smallest first."""
+    """The best at every size asked for, the front between, a few of each baseline; smallest first.
+
+    Sizes asked for come before an even choice by rank: they are what the run is about.
+    """
     front = ParetoFront.of(plain, info)
     n = MAX_RECOVERED[level]
-    chosen = {e.trial: e for e in thinned(front.points, n)}
+    smallest = front.points[0].size_bytes if front.points else 0
+    asked = [front.best(size) for size in info.budgets.sizes if front.points and size >= smallest]
+    chosen = {e.trial: e for e in asked}
+    left = [e for e in front.points if e.trial not in chosen]
+    chosen |= {e.trial: e for e in thinned(left, max(0, n - len(chosen)))}
     for name in {e.strategy for e in front.baselines}:
         of_kind = [e for e in front.baselines if e.strategy == name]
         inside = [e for e in of_kind if within(info.budgets.limits, e.costs)]
         chosen |= {e.trial: e for e in thinned(inside, n // BASELINE_SHARE)}
     return sorted(chosen.values(), key=lambda e: (e.size_bytes, e.trial))
+
+
+def recoveries(folder: Path, front: ParetoFront) -> list[tuple[Evaluation, tuple[Step, ...]]]:
+    """The recovered points of a run's front with their steps, smallest first."""
+    config, _ = read_config(folder)
+    record = Record.open(folder, storage=config.storage)
+    facts = record.facts(RECOVERY)
+    shown = {e.trial for e in front.points}
+    return [
+        (e, tuple(Step.from_json(step) for step in facts[e.trial]))
+        for e in sorted(record.evaluations(), key=lambda e: e.size_bytes)
+        if e.trial in shown and e.trial in facts
+    ]
 
 
 def recovery_steps(record: Record, trial: int) -> tuple[Step, ...]:

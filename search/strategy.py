@@ -22,6 +22,7 @@ class Context(Protocol):
     Attributes:
         space: what may be chosen.
         budgets: cost-model name to inclusive limit; the loosest one per cost.
+        sizes: every size asked for, in bytes, ascending: each wants a good candidate of its own.
         costs: cost-model name to model, for costs that need no evaluation.
         seed: all randomness of a strategy derives from it and the batch number.
         batch_size: how many candidates a batch should hold to keep the workers busy.
@@ -31,6 +32,7 @@ class Context(Protocol):
 
     space: SearchSpace
     budgets: Mapping[str, float]
+    sizes: tuple[int, ...]
     costs: Mapping[str, CostModel]
     seed: int
     batch_size: int

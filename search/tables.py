@@ -17,7 +17,6 @@ from search.front import BASELINES, ParetoFront
 from search.point_row import cell_texts, format_metric, point_row
 
 if TYPE_CHECKING:
-    from search.recovery import Step
     from search.strategies.table import Capability
 
 _LEFT = {"strategy"}
@@ -85,20 +84,6 @@ def print_capabilities(rows: "Sequence[Capability]", console: Console) -> None:
             traits.cost_per_trial,
         )
     console.print(table)
-
-
-def print_recovery(evaluation: Evaluation, steps: "Sequence[Step]", console: Console) -> None:
-    """What each step of a recovery gained."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("step", "loss", "change", "95 % interval", "kept", "seconds"):
-        table.add_column(title, justify="left" if title == "step" else "right")
-    for number, step in enumerate(steps):
-        low, high = step.interval
-        moved = (f"{step.change:+.5f}", f"{low:+.5f} to {high:+.5f}") if number else ("", "")
-        kept = "yes" if step.kept else "no"
-        table.add_row(step.name, f"{step.loss:.5f}", *moved, kept, f"{step.seconds:.1f}")
-    console.print(table)
-    console.print(f"trial {evaluation.trial}: trial {evaluation.parent} recovered")
 
 
 def front_table(front: ParetoFront) -> Table:

@@ -112,6 +112,7 @@ class FakeContext:
 
     task: AdditiveTask
     budgets: Mapping[str, float] = field(default_factory=dict)
+    sizes: tuple[int, ...] = ()
     seed: int = 0
     trials: int = 40
     batch_size: int = 4

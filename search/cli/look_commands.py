@@ -34,11 +34,21 @@ def report(
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """The front with the metric on the test split, which nothing else reads."""
+    """The front, what recovery gained, and with --test the test split, which nothing else reads."""
+    from search.recovery_run import recoveries
+    from search.recovery_tables import print_recoveries, recovery_to_dict
     from search.report import read_test_split
     from search.show import read_front
+    from search.tables import front_to_dict, print_front, stdout_console
 
-    _print(read_test_split(run, data=data) if test else read_front(run), as_json=as_json)
+    front = read_test_split(run, data=data) if test else read_front(run)
+    found = recoveries(run, front)
+    if as_json:
+        recovered = [recovery_to_dict(e, steps) for e, steps in found]
+        print(json.dumps({**front_to_dict(front), "recovery": recovered}, indent=1))
+    else:
+        print_front(front, stdout_console())
+        print_recoveries(found, stdout_console())
     return 0
 
 
@@ -53,12 +63,12 @@ def recover(
 ) -> int:
     """Better weights for one trial from calibration inputs alone, as a new trial."""
     from search.recovery_run import recover_trial
-    from search.tables import print_recovery, stdout_console
+    from search.recovery_tables import print_recovery, recovery_to_dict
+    from search.tables import stdout_console
 
     evaluation, steps = recover_trial(run, trial, level, data=data)
     if as_json:
-        found = {"trial": evaluation.trial, "parent": evaluation.parent, "loss": evaluation.loss}
-        print(json.dumps({**found, "steps": [step.to_json() for step in steps]}, indent=1))
+        print(json.dumps(recovery_to_dict(evaluation, steps), indent=1))
     else:
         print_recovery(evaluation, steps, stdout_console())
     return 0

@@ -89,6 +89,7 @@ class Share:
         self.seed = seed
         self.space: SearchSpace = context.space
         self.budgets: Mapping[str, float] = context.budgets
+        self.sizes: tuple[int, ...] = context.sizes
         self.costs: Mapping[str, CostModel] = context.costs
         self.batch_size = context.batch_size
         self.strategy = context.strategy = strategy

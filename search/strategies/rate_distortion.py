@@ -46,11 +46,12 @@ class RateDistortion(Strategy):
 
 
 def front_candidates(context: Context, table: DistortionTable, points: int) -> list[Candidate]:
-    """The program's answer at the budgets, then at `points` sizes, coarse ones first."""
+    """The program's answers: at every size asked for, then at `points`, coarse ones first."""
     program = Program(context, table)
     smallest, largest = size_range(context, table)
     sizes = np.geomspace(smallest, largest, max(points, 2))
-    wanted = [largest, *(float(sizes[i]) for i in coarse_to_fine(len(sizes)))]
+    asked = [float(size) for size in reversed(context.sizes)] or [largest]
+    wanted = [*asked, *(float(sizes[i]) for i in coarse_to_fine(len(sizes)))]
     found = (program.solve(size) for size in wanted)
     return unique(candidate for candidate in found if candidate is not None)
 

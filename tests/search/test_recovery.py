@@ -14,6 +14,7 @@ from search.cli import main
 from search.config import RunConfig
 from search.engine import run_search
 from search.finish import pack_trial, packed_path
+from search.front import ParetoFront
 from search.prepare import prepare
 from search.record import Record
 from search.recovery import LEVELS, Recovery, judged, recover
@@ -100,6 +101,40 @@ def test_a_run_recovers_its_front_and_packs_the_recovered_weights(finished):
         assert PackedModel.load(packed_path(folder, e.trial)).digest == e.weights_digest
         assert recovery_steps(record, e.trial)[0].loss == pytest.approx(parent.loss)
     assert any(point.recipe == "fast" for point in result.front.points)
+
+
+def test_the_report_says_what_each_step_gained(finished, capsys):
+    folder, result = finished
+    assert main(["report", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["recovery"]
+    recovered = {p.trial for p in result.front.points if p.recipe}
+    assert {row["trial"] for row in found} == recovered
+    assert [s["name"] for s in found[0]["steps"]] == ["start", "rounding", "norms"]
+    assert main(["report", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "recovered" in printed
+    assert "norms" in printed
+
+
+def test_every_size_asked_for_has_a_model_of_its_own_and_is_recovered(tmp_path):
+    prepared = prepare(toy_task(), config())
+    low, high = (prepared.costs["size_bytes"].cost(prepared.traced.graph, c)
+                 for c in (prepared.space.uniform(2), prepared.space.uniform(6)))  # fmt: skip
+    sizes = [int(low + share * (high - low)) for share in (0.3, 0.6, 1.0)]
+    asked = RunConfig(
+        task=f"{__file__}:toy_task",
+        strategies=("rate-distortion",),
+        settings={"rate-distortion.points": "2"},
+        budgets=tuple(str(size) for size in sizes),
+        recover="fast",
+    )
+    front = run_search(toy_task(), asked, tmp_path / "run").front
+    best = [front.best(size) for size in sizes]
+    assert len({e.trial for e in best}) == 3
+    record = Record.open(tmp_path / "run")
+    parents = {e.parent for e in record.evaluations() if e.recipe == "fast"}
+    plain = ParetoFront.of([e for e in record.evaluations() if not e.recipe], front.info)
+    assert {plain.best(size).trial for size in sizes} <= parents
 
 
 def test_a_resumed_run_does_not_recover_twice(finished):
