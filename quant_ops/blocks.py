@@ -1,6 +1,6 @@
 """Cuts a graph into consecutive blocks that hand exactly one value on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from quant_ops.edges import fused_clamp
@@ -48,6 +48,13 @@ def split_into_blocks(graph: Graph) -> tuple[Block, ...]:
             starts.append(cut)
     stops = [*starts[1:], len(graph.nodes)]
     return tuple(_block(graph, a, b) for a, b in zip(starts, stops, strict=True))
+
+
+def joined(graph: Graph, blocks: Sequence[Block]) -> Block:
+    """Consecutive blocks of `graph` as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return _block(graph, blocks[0].start, blocks[-1].stop)
 
 
 def _holds_layer(graph: Graph, index: int) -> bool:

@@ -49,6 +49,18 @@ class QuantizedLayer:
             out[widths == width] = stored.values
         return out
 
+    def content(self) -> bytes:
+        """Everything that is stored; equal layers give equal bytes."""
+        parts = [repr((self.bit_widths, sorted(self.mid_rise))).encode(), self.codes.tobytes()]
+        for width in sorted(self.scales):
+            stored = self.scales[width]
+            parts += [np.float32(stored.base).tobytes(), stored.ratio.tobytes()]
+        if self.zero_points is not None:
+            parts.append(self.zero_points.tobytes())
+        if self.bias is not None:
+            parts.append(self.bias.values.tobytes())
+        return b"".join(parts)
+
     def doubled_codes(self) -> NDArray[np.int32]:
         """Twice the integer that a code stands for: 2 code + 1 (mid-rise) or 2 (code - zero)."""
         groups = 1 if self.zero_points is None else self.zero_points.shape[1]

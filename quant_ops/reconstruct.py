@@ -1,6 +1,7 @@
 """Block by block: rounding, scales, biases and activation steps that restore the float outputs."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant_ops.blocks import Block, split_into_blocks
+from quant_ops.blocks import Block, joined, split_into_blocks
 from quant_ops.edges import activation_edges
 from quant_ops.executor import Executor, Transform
 from quant_ops.graph import Graph, Params
-from quant_ops.quantized import QuantizedModel
+from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel
 from quant_ops.samples import Samples, Values
 from quant_ops.soft import SoftActivation, SoftLayer
 
@@ -25,7 +26,9 @@ class ReconstructionSettings:
     """How a block is learned.
 
     Attributes:
-        steps: per block.
+        steps: per window.
+        window: blocks that are learned together; the next window begins one block later, so that
+            a block is learned with what follows it and again with what precedes it [Ding2023].
         batch: samples of a step; None keeps the given batches whole.
         rounding_rate, scale_rate, bias_rate, step_rate: of Adam; the last for activations.
         pull: weight of the term that makes codes whole, relative to the block's first error.
@@ -36,6 +39,7 @@ class ReconstructionSettings:
     """
 
     steps: int = 200
+    window: int = 1
     batch: int | None = 32
     rounding_rate: float = 0.05
     scale_rate: float = 1e-3
@@ -47,6 +51,22 @@ class ReconstructionSettings:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Learned:
+    """Layers and activation quantizers by name."""
+
+    layers: Mapping[str, QuantizedLayer]
+    activations: Mapping[str, ActivationQuant]
+
+    def put_into(self, model: QuantizedModel) -> QuantizedModel:
+        """The model with these instead of its own."""
+        return replace(
+            model,
+            layers={**model.layers, **self.layers},
+            activations={**model.activations, **self.activations},
+        )
+
+
 def reconstruct(
     model: QuantizedModel,
     params: Params,
@@ -56,6 +76,7 @@ def reconstruct(
     output_loss: OutputLoss,
     sensitivity: Mapping[int, Tensor] | None = None,
     settings: ReconstructionSettings | None = None,
+    known: MutableMapping[bytes, Learned] | None = None,
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> QuantizedModel:
     """Learn the codes block by block, each on the inputs that the blocks before it now give.
@@ -73,28 +94,37 @@ def reconstruct(
         output_loss: of the network's outputs, for the last block.
         sensitivity: node index to channel weights of squared errors, for the other blocks.
         settings: of the learning.
+        known: what was learned before, by everything that it depends on; models of one network
+            that begin alike share their first blocks. New results are added.
         on_block: told (done, total).
     """
     settings = settings or ReconstructionSettings()
     samples = Samples(batches, settings.batch)
-    blocks = split_into_blocks(model.graph)
-    values = _Values(model.graph, params, samples)
+    graph = model.graph
+    blocks = split_into_blocks(graph)
+    values = _Values(graph, params, samples)
     quantized = float_inputs = samples.inputs
-    for done, block in enumerate(blocks, start=1):
-        targets = values.outputs(block, params, {}, float_inputs)
-        goal = _Goal(block, targets, output_loss if done == len(blocks) else None, sensitivity)
-        learner = _BlockLearner(model, block, wanted, settings)
+    known = {} if known is None else known
+    trace = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    n_windows = max(1, len(blocks) - settings.window + 1)
+    for done in range(n_windows):
+        inside = blocks[done : done + settings.window]
+        window, is_last = joined(graph, inside), done + 1 == n_windows
+        targets = values.outputs(window, params, {}, float_inputs)
+        goal = _Goal(window, targets, output_loss if is_last else None, sensitivity)
+        learner = _BlockLearner(model, window, wanted, settings)
+        trace.update(learner.origin())
+        if learner.learns and trace.digest() not in known:
+            learner.learn(samples, values, (quantized, float_inputs), goal, seed=done + 1)
+            tried = [learner.updated(model), model]
+            errors = [goal.mean_loss(values.quantized(window, m, quantized)) for m in tried]
+            known[trace.digest()] = learner.part_of(tried[errors.index(min(errors))])
         if learner.learns:
-            learner.learn(samples, values, (quantized, float_inputs), goal, seed=done)
-        tried = [learner.updated(model), model] if learner.learns else [model]
-        results = [
-            values.outputs(block, m.params(), _hard_transforms(m, block), quantized) for m in tried
-        ]
-        errors = [goal.mean_loss(outputs) for outputs in results]
-        best = errors.index(min(errors))
-        model, quantized = tried[best], results[best]
-        float_inputs = targets
-        on_block(done, len(blocks))
+            model = known[trace.digest()].put_into(model)
+        if not is_last:
+            quantized = values.quantized(inside[0], model, quantized)
+            float_inputs = values.outputs(inside[0], params, {}, float_inputs)
+        on_block(done + 1, n_windows)
     return model
 
 
@@ -117,6 +147,10 @@ class _Values:
             return executor.run(params, [*parts, *side], transforms=hooks)[0]
 
         return self._samples.map(run, *inputs)
+
+    def quantized(self, block: Block, model: QuantizedModel, inputs: list[Values]) -> list[Values]:
+        """What the block of `model` makes of `inputs`."""
+        return self.outputs(block, model.params(), _hard_transforms(model, block), inputs)
 
     def side(self, block: Block, n: int) -> list[Any]:
         """What enters a block beside its input, for a batch of `n`."""
@@ -188,6 +222,7 @@ class _BlockLearner:
             name: (node, SoftActivation(model.activations[name]))
             for name, node in _edges_inside(model, block).items()
         }
+        self._start, self._wanted = self.part_of(model), wanted
         self._params: dict[str, Tensor] = model.params()
 
     @property
@@ -234,11 +269,20 @@ class _BlockLearner:
     def updated(self, model: QuantizedModel) -> QuantizedModel:
         learned = {name: soft.result() for name, soft in self._layers.items()}
         steps = {name: soft.result() for name, (_, soft) in self._activations.items()}
-        return replace(
-            model,
-            layers={**model.layers, **learned},
-            activations={**model.activations, **steps},
+        return Learned(learned, steps).put_into(model)
+
+    def part_of(self, model: QuantizedModel) -> Learned:
+        """What is learned here, as it is in `model`."""
+        return Learned(
+            {name: model.layers[name] for name in self._layers},
+            {name: model.activations[name] for name in self._activations},
         )
+
+    def origin(self) -> bytes:
+        """What the result depends on beside the blocks before."""
+        parts = [layer.content() for layer in self._start.layers.values()]
+        parts += [self._wanted[n].numpy().tobytes() for n in self._layers if n in self._wanted]
+        return b"".join([*parts, repr(self._start.activations).encode()])
 
     def _soft_params(self) -> dict[str, Tensor]:
         for name, soft in self._layers.items():

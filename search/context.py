@@ -110,7 +110,7 @@ class RunContext:
         self._limits = Limits(None, None)
         self._runner = runner
         self._record = record
-        self._folder = folder
+        self.run_folder = folder
         self._evaluator = evaluator
         self.listener = listener or Listener()
         self._recorded = {e.candidate: e for e in record.evaluations() if not e.recipe}
@@ -179,7 +179,7 @@ class RunContext:
             weights_digest=packed.digest,
         )
         (recorded,) = self._record.append([evaluation], self.budgets)
-        path = packed_path(self._folder, recorded.trial)
+        path = packed_path(self.run_folder, recorded.trial)
         path.parent.mkdir(exist_ok=True)
         packed.save(path)
         self._n_used += 1
@@ -206,7 +206,7 @@ class RunContext:
 
     def folder(self, name: str) -> Path:
         """See `Context.folder`."""
-        path = self._folder / "checkpoints" / name
+        path = self.run_folder / "checkpoints" / name
         path.mkdir(parents=True, exist_ok=True)
         return path
 

@@ -20,12 +20,12 @@ from search.interactive import save_html
 from search.plots import save_plots, thinned
 from search.prepare import Prepared, prepare, require_sound_float
 from search.record import JOURNAL, Record
-from search.recovery_run import recover_front
+from search.recovery_run import recover_front, recovery_settings
 from search.report import float_test_of, known_test_metrics
 from search.runners.base import Runner
 from search.runners.in_process import InProcess
 from search.show import read_front, write_unfinished
-from search.strategies.table import make_strategy, parse_settings
+from search.strategies.table import RECOVERY, make_strategy, parse_settings
 from search.strategy import SearchOver
 from search.task import Task
 
@@ -252,7 +252,8 @@ def _open_record(prepared: Prepared, folder: Path, resume: bool) -> Record:
 def _require_strategies(config: RunConfig) -> None:
     """Refuse unknown strategies and settings before anything is written or measured."""
     settings = _settings_of(config)
-    for name in {*config.strategies, *settings}:
+    recovery_settings(config)
+    for name in {*config.strategies, *settings} - {RECOVERY}:
         make_strategy(name, settings.get(name))
 
 

@@ -13,12 +13,12 @@ from quant_ops.candidate import Candidate
 from quant_ops.edges import activation_edges
 from quant_ops.executor import Executor, Transform
 from quant_ops.graph import Params
-from quant_ops.quantized import ActivationQuant, QuantizedModel
+from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel
 from search.capture import Traced
 from search.data import Split
 from search.evaluation import Evaluation
 from search.judge import Judge, Measurement, Tally
-from search.prefix import PrefixRunner
+from search.prefix import Network, PrefixRunner
 from search.quality import QualityLoss
 from search.task import Metric
 
@@ -99,14 +99,42 @@ class Evaluator:
         self, candidates: Sequence[Candidate], split: str = "search"
     ) -> list[Measurement]:
         """What `measure` gives for each, bit for bit; common beginnings are run once."""
-        judge = self.judge(split)
-        networks = [(self.bank.params(c), self._quantizers(c)) for c in candidates]
         order = sorted(range(len(candidates)), key=lambda i: self._sort_key(candidates[i]))
-        tallies = [Tally() for _ in candidates]
+        ordered = [candidates[i] for i in order]
+        networks = [(self.bank.params(c), self._quantizers(c)) for c in ordered]
+        measured = dict(zip(order, self._measure_networks(networks, split), strict=True))
+        return [measured[i] for i in range(len(candidates))]
+
+    def measure_variants(
+        self,
+        model: QuantizedModel,
+        variants: Sequence[Mapping[str, QuantizedLayer]],
+        split: str = "search",
+    ) -> list[Measurement]:
+        """Quality of a model with some layers replaced, for each of several replacements.
+
+        Neighbours should differ from the same layer on: what two begin with is run once.
+        """
+        params = model.params()
+        quantizers = self._at_nodes(model.activations)
+        networks: list[Network] = []
+        for variant in variants:
+            changed = dict(params)
+            for name, quantized in variant.items():
+                layer = self.traced.graph.layer_of[name]
+                changed[layer.weight] = quantized.weight(layer)
+                bias = quantized.bias_values()
+                if layer.bias is not None and bias is not None:
+                    changed[layer.bias] = bias
+            networks.append((changed, quantizers))
+        return self._measure_networks(networks, split)
+
+    def _measure_networks(self, networks: Sequence[Network], split: str) -> list[Measurement]:
+        judge = self.judge(split)
+        tallies = [Tally() for _ in networks]
         for number, (inputs, _) in enumerate(judge.split.batches):
-            in_order = self._prefixes.run([networks[i] for i in order], inputs)
-            for i, outputs in zip(order, in_order, strict=True):
-                judge.add(tallies[i], number, self._tree(outputs))
+            for tally, outputs in zip(tallies, self._prefixes.run(networks, inputs), strict=True):
+                judge.add(tally, number, self._tree(outputs))
         return [judge.conclude(tally) for tally in tallies]
 
     def evaluate_many(self, candidates: Sequence[Candidate]) -> list[Evaluation]:

@@ -17,7 +17,7 @@ from quant_ops.distill import DistillationSettings, distill, kl_loss, squared_lo
 from quant_ops.errors import UsageError
 from quant_ops.moments import InputMoments, collect_moments
 from quant_ops.quantized import QuantizedModel
-from quant_ops.reconstruct import ReconstructionSettings, reconstruct
+from quant_ops.reconstruct import Learned, ReconstructionSettings, reconstruct
 from quant_ops.rounding import round_layers
 from quant_ops.samples import Samples
 from quant_ops.sensitivity import channel_sensitivity, gaussian_gradient, sampled_label_gradient
@@ -28,7 +28,37 @@ from search.quality import is_kl
 LEVELS = ("none", "fast", "full")
 Plan: TypeAlias = list[tuple[str, Callable[[QuantizedModel], QuantizedModel]]]
 RESAMPLES = 1000
+# a loss of this share of the worst is learned with few steps; so many decades above, with most
+HARMLESS, DECADES = 1e-3, 1.5
+STEPS_APART = 100
 _LEARNING_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverySettings:
+    """`--set recovery.KEY=VALUE`.
+
+    Attributes:
+        steps: of learning per block, for a network that rounding hardly harmed.
+        most_steps: for one that it harmed badly; between the two as the loss is.
+        window: blocks that are learned together, see `ReconstructionSettings`.
+        epochs: of the last distillation.
+        swaps: how often widths are moved between layers after recovery, at each size asked for.
+    """
+
+    steps: int = 200
+    most_steps: int = 400
+    window: int = 1
+    epochs: float = 2.0
+    swaps: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= self.most_steps:
+            raise ValueError(
+                f"wanted 1 <= steps <= most_steps, got {self.steps}, {self.most_steps}"
+            )
+        if self.window < 1 or self.epochs < 0 or self.swaps < 0:
+            raise ValueError("window must be at least 1, epochs and swaps at least 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +112,16 @@ class Recovery:
     Args:
         prepared: the task.
         seed: of all randomness.
-        steps: of learning per block.
+        settings: how much is learned.
     """
 
-    def __init__(self, prepared: Prepared, *, seed: int = 0, steps: int = 200) -> None:
-        self._prepared = prepared
+    def __init__(
+        self, prepared: Prepared, *, seed: int = 0, settings: RecoverySettings | None = None
+    ) -> None:
+        self.settings = settings or RecoverySettings()
+        self.prepared = prepared
         self._seed = seed
-        self._steps = steps
+        self._known_blocks: dict[bytes, Learned] = {}
         traced = prepared.traced
         self._graph, self._params = traced.graph, traced.params
         self._batches = prepared.spec.splits["calibration"].batches
@@ -118,7 +151,7 @@ class Recovery:
         if level not in LEVELS:
             raise UsageError(f"recovery must be one of {', '.join(LEVELS)}, got {level!r}")
         started = time.perf_counter()
-        model = self._prepared.evaluator.bank.quantize(candidate)
+        model = self.prepared.evaluator.bank.quantize(candidate)
         losses = self._losses(model)
         done = [Step("start", float(losses.mean()))]
         on_step(done[-1])
@@ -147,16 +180,19 @@ class Recovery:
         return [*fast, *learned, ("distillation", self._distilled)]
 
     def _rounded(self, model: QuantizedModel) -> QuantizedModel:
-        calibration = self._prepared.spec.calibration
+        calibration = self.prepared.spec.calibration
         model, self._wanted = round_layers(model, self._params, self._moments, calibration)
         return model
 
     def _renormed(self, model: QuantizedModel) -> QuantizedModel:
-        return reestimate_norms(model, self._prepared.spec.calibration, self._batches)
+        return reestimate_norms(model, self.prepared.spec.calibration, self._batches)
 
     def _reconstructed(self, model: QuantizedModel) -> QuantizedModel:
         settings = ReconstructionSettings(
-            steps=self._steps, batch=self._learning_batch, seed=self._seed
+            steps=self._steps(float(self._losses(model).mean())),
+            window=self.settings.window,
+            batch=self._learning_batch,
+            seed=self._seed,
         )
         return reconstruct(
             model,
@@ -166,6 +202,7 @@ class Recovery:
             output_loss=kl_loss if self._is_kl else squared_loss,
             sensitivity=self._sensitivity,
             settings=settings,
+            known=self._known_blocks,
         )
 
     def _distilled(self, model: QuantizedModel) -> QuantizedModel:
@@ -174,12 +211,24 @@ class Recovery:
             self._params,
             self._batches,
             output_loss=kl_loss if self._is_kl else squared_loss,
-            settings=DistillationSettings(batch=self._learning_batch, seed=self._seed),
+            settings=DistillationSettings(
+                epochs=self.settings.epochs, batch=self._learning_batch, seed=self._seed
+            ),
+        )
+
+    def _steps(self, loss: float) -> int:
+        """More where more is broken, linear in the logarithm of the loss."""
+        settings, worst = self.settings, self.prepared.worst_loss()
+        share = float(np.clip(np.log10(max(loss, 1e-12) / worst / HARMLESS) / DECADES, 0, 1))
+        steps = settings.steps + share * (settings.most_steps - settings.steps)
+        # few different numbers, so that models that begin alike can share their first blocks
+        return min(
+            settings.most_steps, max(settings.steps, STEPS_APART * round(steps / STEPS_APART))
         )
 
     @cached_property
     def _moments(self) -> dict[str, InputMoments]:
-        known = self._prepared.spec.moments
+        known = self.prepared.spec.moments
         return dict(known) or collect_moments(self._graph, self._params, self._batches)
 
     @cached_property
@@ -195,7 +244,7 @@ class Recovery:
         )
 
     def _losses(self, model: QuantizedModel) -> Tensor:
-        return self._prepared.evaluator.losses_of(model)
+        return self.prepared.evaluator.losses_of(model)
 
 
 def recover(
@@ -204,11 +253,11 @@ def recover(
     level: str = "fast",
     *,
     seed: int = 0,
-    steps: int = 200,
+    settings: RecoverySettings | None = None,
     budget_s: float | None = None,
 ) -> Recovered:
     """Recover one evaluated candidate; see `Recovery` for several of one task."""
-    recovery = Recovery(prepared, seed=seed, steps=steps)
+    recovery = Recovery(prepared, seed=seed, settings=settings)
     return recovery.recover(evaluation.candidate, level, budget_s=budget_s)
 
 

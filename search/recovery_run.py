@@ -4,20 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quant_ops.errors import UsageError
+from quant_ops.packed import PackedModel
 from search.budget import Budgets
-from search.config import read_config
-from search.context import Listener, RunContext
+from search.config import RunConfig, read_config
+from search.context import Limits, Listener, RunContext
 from search.evaluation import Evaluation, within
+from search.finish import packed_path
 from search.front import FrontInfo, ParetoFront
 from search.plots import thinned
 from search.prepare import Prepared, prepare
+from search.reallocation import as_searched, reallocated
 from search.record import Record
-from search.recovery import LEVELS, Recovery, Step
+from search.recovery import LEVELS, Recovery, RecoverySettings, Step
 from search.runners.in_process import InProcess
+from search.settings import read_settings
 from search.show import read_front
+from search.strategies.table import RECOVERY as SETTINGS_OF
 
 RECOVERY = "recovery"  # fact beside a recovered trial: its steps
 MAX_RECOVERED = {"fast": 48, "full": 12}  # points of the front, evenly by rank
+MOVED = "moved"  # fact beside a recovered trial: sizes at which its widths were moved
 BASELINE_SHARE = 3  # as many baselines as a third of that, each kind
 
 
@@ -33,13 +39,33 @@ def recover_front(
     done = {e.parent for e in evaluations if e.recipe == level}
     plain = [e for e in evaluations if not e.recipe]
     todo = [e for e in _worth_recovering(plain, info, level) if e.trial not in done]
-    recovery = Recovery(prepared, seed=prepared.config.seed)
+    settings = recovery_settings(prepared.config)
+    recovery = Recovery(prepared, seed=prepared.config.seed, settings=settings)
     context.listener.on_phase(f"recovering the front ({level})")
     out = []
     for number, parent in enumerate(todo, start=1):
         out.append(_recover_one(recovery, context, record, parent, level)[0])
         context.listener.on_step(number, len(todo), f"recovered trial {parent.trial}")
+    if level == "full" and settings.swaps:
+        context.listener.on_phase("moving widths between layers")
+        for size in info.budgets.sizes:
+            out += _reallocate(recovery, context, record, info, size)
     return out
+
+
+def recovery_settings(config: RunConfig) -> RecoverySettings:
+    """What `--set recovery.KEY=VALUE` says.
+
+    Raises:
+        UsageError: there is no such key, or the value does not fit.
+    """
+    prefix = f"{SETTINGS_OF}."
+    texts = {
+        key.removeprefix(prefix): value
+        for key, value in config.settings.items()
+        if key.startswith(prefix)
+    }
+    return read_settings(RecoverySettings, texts, SETTINGS_OF)
 
 
 def recover_trial(
@@ -80,7 +106,7 @@ def recover_trial(
         folder=folder,
         evaluator=prepared.evaluator,
     )
-    recovery = Recovery(prepared, seed=config.seed)
+    recovery = Recovery(prepared, seed=config.seed, settings=recovery_settings(config))
     evaluation, steps = _recover_one(recovery, context, record, parent, level)
     finish(prepared, record, folder, front.info, front.seconds, Listener())
     return evaluation, steps
@@ -97,6 +123,36 @@ def _recover_one(
     )
     record.add_fact(evaluation.trial, RECOVERY, [step.to_json() for step in found.steps])
     return evaluation, found.steps
+
+
+def _reallocate(
+    recovery: Recovery, context: RunContext, record: Record, info: FrontInfo, size: int
+) -> list[Evaluation]:
+    """Move widths of the best recovered point of a size and recover again, while that helps.
+
+    A point that was tried once carries a fact that says so and is not tried again on resume.
+    """
+    out: list[Evaluation] = []
+    for _ in range(recovery.settings.swaps):
+        recovered = [e for e in record.evaluations() if e.recipe == "full"]
+        front = ParetoFront.of(recovered, info)
+        if not front.points or front.points[0].size_bytes > size:
+            return out
+        point = front.best(size)
+        if str(size) in record.facts(MOVED).get(point.trial, {}):
+            return out
+        read = PackedModel.load(packed_path(context.run_folder, point.trial)).model
+        model = as_searched(read, recovery.prepared, point.candidate)
+        found = reallocated(recovery.prepared, model, size)
+        tried = {e.candidate for e in recovered}
+        if found is not None and found not in tried:
+            context.begin("reallocation", Limits(None, None))
+            (parent,) = context.evaluate([found])
+            out.append(_recover_one(recovery, context, record, parent, "full")[0])
+            context.listener.on_step(1, 1, f"moved widths at {size:,} bytes")
+        known = record.facts(MOVED).get(point.trial, {})
+        record.add_fact(point.trial, MOVED, {**known, str(size): found is not None})
+    return out
 
 
 def _worth_recovering(plain: Sequence[Evaluation], info: FrontInfo, level: str) -> list[Evaluation]:

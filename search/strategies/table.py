@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from quant_ops.errors import UsageError
+from search.settings import read_settings
 from search.strategy import Strategy, Traits
 
 STRATEGIES = {
@@ -19,6 +19,7 @@ STRATEGIES = {
     "tpe": "search.strategies.optuna_sampler:TPE",
     "random": "search.strategies.random_search:RandomSearch",
 }
+RECOVERY = "recovery"  # no strategy, but has settings too
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +51,7 @@ def strategy_class(name: str) -> type[Strategy]:
 def make_strategy(name: str, settings: Mapping[str, object] | None = None) -> Strategy:
     """The strategy with some settings changed; texts are read as the type of their field."""
     cls = strategy_class(name)
-    types = get_type_hints(cls.Settings)
-    keys = [field.name for field in fields(cls.Settings)]
-    typed: dict[str, object] = {}
-    for key, value in (settings or {}).items():
-        if key not in keys:
-            known = f"it knows {', '.join(keys)}" if keys else "it has no settings"
-            raise UsageError(f"strategy {name!r} has no setting {key!r}; {known}")
-        is_text = isinstance(value, str)
-        typed[key] = _read(f"{name}.{key}", str(value), types[key]) if is_text else value
-    try:
-        return cls(cls.Settings(**typed))
-    except ValueError as error:
-        raise UsageError(f"strategy {name!r}: {error}") from error
+    return cls(read_settings(cls.Settings, settings or {}, name))
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -77,7 +66,8 @@ def parse_settings(texts: Iterable[str]) -> dict[str, dict[str, str]]:
         name, dot, key = left.strip().rpartition(".")
         if not (equals and dot and name and key):
             raise UsageError(f"--set wants NAME.KEY=VALUE, got {text!r}")
-        strategy_class(name)
+        if name != RECOVERY:
+            strategy_class(name)
         settings.setdefault(name, {})[key] = value.strip()
     return settings
 
@@ -91,23 +81,3 @@ def capability_table() -> list[Capability]:
         settings = {field.name: getattr(default, field.name) for field in fields(cls.Settings)}
         rows.append(Capability(name, cls.traits, settings))
     return rows
-
-
-_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-def _read(name: str, text: str, kind: Any) -> object:
-    """`text` as a bool, int, float, str, or None where the field may be None."""
-    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    for option in options:
-        if option is NoneType and text.lower() == "none":
-            return None
-        if option is bool and text.lower() in _WORDS:
-            return _WORDS[text.lower()]
-        if option in (int, float, str):
-            try:
-                return option(text)
-            except ValueError:
-                continue
-    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise UsageError(f"--set {name} wants {wanted}, got {text!r}")

@@ -119,6 +119,46 @@ def test_reconstruction_repeats_under_one_seed(network):
     assert not same(first, start)
 
 
+def test_models_that_begin_alike_share_their_first_blocks(network):
+    traced, _, batches = network
+    known, settings = {}, ReconstructionSettings(steps=10, batch=16)
+    results = []
+    for widths in (TERNARY, TERNARY | {"up": 3}):
+        start, wanted = started(network, widths)
+        results.append(
+            [
+                reconstruct(
+                    start,
+                    traced.params,
+                    batches,
+                    wanted,
+                    output_loss=kl_loss,
+                    settings=settings,
+                    known=memory,
+                )
+                for memory in (known, None)
+            ]
+        )
+        n_blocks = len(split_into_blocks(traced.graph))
+    assert all(same(shared, alone) for shared, alone in results)
+    # the second network differs from its next to last block on
+    assert len(known) == n_blocks + 2
+
+
+def test_a_window_learns_blocks_together(network):
+    traced, _, batches = network
+    start, wanted = started(network, TERNARY)
+    settings = ReconstructionSettings(steps=60, batch=16, window=2)
+    told = []
+    learned = reconstruct(
+        start, traced.params, batches, wanted,
+        output_loss=kl_loss, settings=settings, on_block=lambda *at: told.append(at),
+    )  # fmt: skip
+    assert divergence(network, learned) < 0.85 * divergence(network, start)
+    windows = len(split_into_blocks(traced.graph)) - 1
+    assert told == [(i, windows) for i in range(1, windows + 1)]
+
+
 def test_whole_batches_serve_networks_of_a_fixed_batch_size(network):
     traced, _, batches = network
     start, wanted = started(network, TERNARY)

@@ -17,7 +17,7 @@ from search.finish import pack_trial, packed_path
 from search.front import ParetoFront
 from search.prepare import prepare
 from search.record import Record
-from search.recovery import LEVELS, Recovery, judged, recover
+from search.recovery import LEVELS, Recovery, RecoverySettings, judged, recover
 from search.recovery_run import recover_trial, recovery_steps
 from search.task import Task
 
@@ -54,7 +54,7 @@ def finished(tmp_path_factory):
 def test_each_level_is_better_than_the_one_before():
     prepared = prepare(toy_task(), config())
     candidate = prepared.space.uniform(2)
-    recovery = Recovery(prepared, steps=40)
+    recovery = Recovery(prepared, settings=RecoverySettings(steps=40, most_steps=40))
     losses = [recovery.recover(candidate, level).loss for level in LEVELS]
     assert losses[1] < 0.8 * losses[0]
     assert losses[2] <= losses[1]
@@ -63,7 +63,7 @@ def test_each_level_is_better_than_the_one_before():
 def test_steps_tell_what_each_gained():
     prepared = prepare(toy_task(), config())
     (evaluation,) = prepared.evaluator.evaluate_many([prepared.space.uniform(2)])
-    found = recover(prepared, evaluation, "full", steps=20)
+    found = recover(prepared, evaluation, "full", settings=RecoverySettings(steps=20))
     names = ["start", "rounding", "norms", "reconstruction", "norms", "distillation"]
     assert [step.name for step in found.steps] == names
     assert found.steps[0].loss == pytest.approx(evaluation.loss)

@@ -34,7 +34,7 @@ def test_settings_are_read_as_the_type_of_their_field():
         ("uniform", {"size": "3"}, "no setting 'size'; it has no settings"),
         ("nsga2", {"population": "many"}, "--set nsga2.population wants int, got 'many'"),
         ("nsga2", {"warm_start": "perhaps"}, "--set nsga2.warm_start wants bool"),
-        ("nsga2", {"population": "1"}, "strategy 'nsga2': population must be at least 2"),
+        ("nsga2", {"population": "1"}, "'nsga2': population must be at least 2"),
     ],
 )
 def test_a_wrong_setting_gets_one_sentence(name, settings, message):
