@@ -57,6 +57,8 @@ class WeightBank:
         calibration: statistics of the float network; without it there is no bias correction
             and the choice between schemes is not weighted by the layer's input.
         range_setter: a name in `quant_ops.ranges.RANGE_SETTERS`.
+        activation_ranges: a name in `quant_ops.calibration.ACTIVATION_SETTERS`, None to decide by
+            width.
         bias_correction: absorb the mean output error of each channel in its bias.
         spread_correction: stretch the scales such that each row keeps its spread [Banner2019].
         moments: layer name to second moments of its input: codes by second-order rounding, for
@@ -71,6 +73,7 @@ class WeightBank:
         calibration: Calibration | None,
         *,
         range_setter: str = "mse",
+        activation_ranges: str | None = None,
         bias_correction: bool = True,
         spread_correction: bool = False,
         moments: Mapping[str, InputMoments] | None = None,
@@ -82,6 +85,7 @@ class WeightBank:
         self.float_params = dict(params)
         self.calibration = calibration
         self._range_setter = range_setter
+        self._activation_ranges = activation_ranges
         self._bias_correction = bias_correction and calibration is not None
         self._spread_correction = spread_correction
         self._moments = moments or {}
@@ -300,7 +304,8 @@ class WeightBank:
         if (name, bit_width) not in self._activations:
             if self.calibration is None or name not in self.calibration.edges:
                 raise ValueError(f"edge {name!r} has no calibrated range")
-            chosen = choose_activation_quant(self.calibration.edges[name], bit_width)
+            edge = self.calibration.edges[name]
+            chosen = choose_activation_quant(edge, bit_width, self._activation_ranges)
             self._activations[name, bit_width] = chosen
         return self._activations[name, bit_width]
 

@@ -278,6 +278,9 @@ class _Histogram:
         return EdgeRange(self._minimum, self._maximum, mean, self._limit, self._bins)
 
 
+ACTIVATION_SETTERS = ("minmax", "percentile", "mse", "aciq")
+
+
 def choose_activation_quant(
     edge: EdgeRange, bit_width: int, setter: str | None = None
 ) -> ActivationQuant:
@@ -289,11 +292,13 @@ def choose_activation_quant(
     Args:
         edge: the edge's calibrated range.
         bit_width: 2 to 8.
-        setter: "minmax", "percentile" or "mse".
+        setter: one of `ACTIVATION_SETTERS`.
     """
     setter = setter or ("minmax" if bit_width >= 8 else "mse")
-    if setter not in ("minmax", "percentile", "mse"):
-        raise ValueError(f"activation range setter {setter!r} is not minmax, percentile or mse")
+    if setter not in ACTIVATION_SETTERS:
+        raise ValueError(
+            f"activation range setter {setter!r} is not one of {', '.join(ACTIVATION_SETTERS)}"
+        )
     signed = edge.minimum < 0
     low, high = min(edge.minimum, 0.0), max(edge.maximum, 0.0)
     top = 2**bit_width - 1
@@ -304,6 +309,8 @@ def choose_activation_quant(
     else:
         seen = edge.histogram > 0
         values = edge.centers[None, seen].clamp(low, high)
+        # what was rectified lies in the bin beside 0 and is 0
+        values = torch.where(values.abs() < 2 * edge.limit / len(edge.histogram), 0.0, values)
         counts = edge.histogram[None, seen].float()
     wanted = float(RANGE_SETTERS[setter](values, levels, counts))
     scale = float(torch.tensor(wanted, dtype=torch.float32))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quant_ops.analytic_ranges import aciq_scale, sawb_knows, sawb_scale
 from quant_ops.quantizers import Levels, levels_of, squared_errors
 from quant_ops.stored import StoredScale, ratio_values
 
@@ -43,7 +44,7 @@ def mse_scale(rows: Tensor, levels: Levels, importance: Tensor | None = None) ->
     """The scale of least squared error: a geometric grid of clip limits, then a finer one.
 
     The grid runs from clipping at the root mean square, below which no shape has its optimum,
-    to no clipping at all [Choukroun2019].
+    to no clipping at all: OMSE [Choukroun2019].
     """
     largest = minmax_scale(rows, levels)
     square = rows.double().square()
@@ -84,6 +85,8 @@ RANGE_SETTERS: dict[str, RangeSetter] = {
     "mse": mse_scale,
     "weighted_mse": mse_scale,  # by the mean square of the input that each weight meets
     "twn": twn_scale,
+    "aciq": aciq_scale,
+    "sawb": sawb_scale,
 }
 
 
@@ -97,13 +100,16 @@ def weight_scales(
     """The stored scales of weights, ratio of shape (rows,).
 
     The base comes from all rows, so that it does not depend on which of them are used. Least
-    squared error is decided among the stored values themselves; binary is mean |w| always, and
-    "twn" applies to ternary, with "mse" for the other widths. The caller gives `importance` where
-    errors are to be weighted.
+    squared error is decided among the stored values themselves; binary is mean |w| always. "twn"
+    applies to ternary and "sawb" to at most 16 symmetric levels, with "mse" for the others. The
+    caller gives `importance` where errors are to be weighted.
     """
     if bit_width == 1:
         return StoredScale.nearest(mean_abs_scale(rows, levels, importance).numpy())
-    if range_setter == "twn" and levels_of(1.6, "mid_tread").high != levels.high:
+    is_ternary = levels_of(1.6, "mid_tread").high == levels.high
+    if (range_setter == "twn" and not is_ternary) or (
+        range_setter == "sawb" and not sawb_knows(levels)
+    ):
         range_setter = "mse"
     wanted = _setter(range_setter)(rows, levels, importance)
     stored = StoredScale.nearest(wanted.numpy())

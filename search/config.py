@@ -42,6 +42,7 @@ class RunConfig:
     target: str = "packed"
     scheme: str = "auto"
     range_setter: str = "weighted_mse"
+    activation_ranges: str = "auto"
     correction: str = "mean-spread"
     objective: str = "loss"
     recover: str = "none"

@@ -42,6 +42,7 @@ class EvaluatorSpec:
     by_target: bool
     task_metric: Metric
     range_setter: str
+    activation_ranges: str | None
     correction: str
     moments: Mapping[str, InputMoments] = field(default_factory=dict)
 
@@ -53,6 +54,7 @@ class EvaluatorSpec:
                 self.traced.params,
                 self.calibration,
                 range_setter=self.range_setter,
+                activation_ranges=self.activation_ranges,
                 bias_correction=self.correction != "none",
                 # second-order rounding keeps the spread by itself
                 spread_correction=self.correction == "mean-spread" and not self.moments,
@@ -139,6 +141,7 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         by_target=by_metric,
         task_metric=task.metric,
         range_setter=config.range_setter,
+        activation_ranges=None if config.activation_ranges == "auto" else config.activation_ranges,
         correction=config.correction,
         moments={} if config.recover == "none" else _moments(traced, calibration_split),
     )

@@ -40,7 +40,15 @@ SchemeOption = Annotated[
 RangeOption = Annotated[
     str,
     typer.Option(
-        "--range-setter", help="How scales are chosen: weighted_mse, mse, minmax, percentile, twn."
+        "--range-setter",
+        help="How scales are chosen: weighted_mse, mse, minmax, percentile, twn, aciq, sawb.",
+    ),
+]
+ActivationRangesOption = Annotated[
+    str,
+    typer.Option(
+        "--activation-ranges",
+        help="auto (minmax at 8 bits, else mse), minmax, percentile, mse, aciq.",
     ),
 ]
 CorrectionOption = Annotated[
@@ -91,6 +99,7 @@ def run(
     target: TargetOption = "packed",
     scheme: SchemeOption = "auto",
     range_setter: RangeOption = "weighted_mse",
+    activation_ranges: ActivationRangesOption = "auto",
     correction: CorrectionOption = "mean-spread",
     objective: ObjectiveOption = "loss",
     recover: RecoverOption = "none",
@@ -121,6 +130,7 @@ def run(
     With --resume every other option but --budget, --max-drop, --pin, --bits, --trials,
     --time-limit, --workers, --ray-address and --threads keeps its stored value.
     """
+    from quant_ops.calibration import ACTIVATION_SETTERS
     from quant_ops.ranges import RANGE_SETTERS
     from search.cli.running import execute, resumed_config
     from search.durations import parse_duration
@@ -150,6 +160,9 @@ def run(
         target=target,
         scheme=_one_of(scheme, ("auto", "mid_tread", "mid_rise", "affine"), "--scheme"),
         range_setter=_one_of(range_setter, tuple(RANGE_SETTERS), "--range-setter"),
+        activation_ranges=_one_of(
+            activation_ranges, ("auto", *ACTIVATION_SETTERS), "--activation-ranges"
+        ),
         correction=_one_of(correction, CORRECTIONS, "--correction"),
         objective=_one_of(objective, ("loss", "metric"), "--objective"),
         recover=_one_of(recover, ("none", "fast", "full"), "--recover"),

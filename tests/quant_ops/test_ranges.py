@@ -5,7 +5,12 @@ import pytest
 import scipy.stats
 import torch
 
-from quant_ops.calibration import HISTOGRAM_BINS, EdgeRange, choose_activation_quant
+from quant_ops.calibration import (
+    ACTIVATION_SETTERS,
+    HISTOGRAM_BINS,
+    EdgeRange,
+    choose_activation_quant,
+)
 from quant_ops.quantizers import Levels, fake_quantize, levels_of, squared_errors
 from quant_ops.ranges import RANGE_SETTERS, mse_scale, weight_scales, zero_points
 
@@ -145,7 +150,7 @@ def test_eight_bit_edges_keep_the_whole_range():
     assert np.float32(chosen.scale) == chosen.scale
 
 
-@pytest.mark.parametrize("setter", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("setter", ACTIVATION_SETTERS)
 @pytest.mark.parametrize("bit_width", [2, 4, 8])
 def test_signed_edges_hold_zero_exactly(setter, bit_width):
     counts = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
