@@ -40,6 +40,30 @@ def fold_batch_norms(graph: Graph, params: Params) -> tuple[Graph, dict[str, Ten
     return _rebuild(nodes, graph.outputs, layers, forward, params)
 
 
+def norm_statistics(graph: Graph, params: Params) -> dict[str, tuple[Tensor, Tensor]]:
+    """What batch norms that will be folded say of their outputs.
+
+    Returns:
+        Layer name to (beta, |gamma|), each (out_channels,): mean and standard deviation of the
+        layer's output with its norm, over the training data.
+    """
+    out = {}
+    for index, node in enumerate(graph.nodes):
+        source = node.args[0] if node.args else None
+        if node.op not in BATCH_NORMS or not isinstance(source, Ref):
+            continue
+        layer = graph.layer_at.get(source.index)
+        if layer is None or not _foldable(graph, layer, source.index, index):
+            continue
+        gamma, beta = (params[a.name] if isinstance(a, ParamRef) else None for a in node.args[1:3])
+        ones = torch.ones(layer.out_channels)
+        out[layer.name] = (
+            torch.zeros_like(ones) if beta is None else beta.detach().clone(),
+            ones if gamma is None else gamma.detach().abs(),
+        )
+    return out
+
+
 def _scale_and_shift(node: Node, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     gamma, beta, mean, var = (
         params[a.name].double() if isinstance(a, ParamRef) else None for a in node.args[1:5]

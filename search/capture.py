@@ -4,7 +4,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quant_ops.errors import UsageError
-from quant_ops.fold import fold_batch_norms
+from quant_ops.fold import fold_batch_norms, norm_statistics
 from quant_ops.graph import (
     Arg,
     Graph,
@@ -55,6 +55,7 @@ class Traced:
         out_spec: tree of the model's outputs.
         static_batch: the only batch size the graph accepts, or None if any.
         float_bytes: bytes of the original model's parameters.
+        norms: layer name to (beta, |gamma|) of the batch norm that was folded into it.
     """
 
     graph: Graph
@@ -62,6 +63,7 @@ class Traced:
     out_spec: pytree.TreeSpec
     static_batch: int | None
     float_bytes: int
+    norms: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, example_inputs: Sequence[Tensor]) -> Traced:
@@ -82,11 +84,12 @@ def trace(model: nn.Module, example_inputs: Sequence[Tensor]) -> Traced:
     finally:
         model.train(was_training)
     graph, params = _Reader(program).read()
+    norms = norm_statistics(graph, params)
     graph, params = fold_batch_norms(graph, params)
     float_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    return Traced(graph, params, out_spec, static_batch, float_bytes)
+    return Traced(graph, params, out_spec, static_batch, float_bytes, norms)
 
 
 def _require_finite(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from search.space import EdgeChoice, LayerChoice, SearchSpace
 from search.targets import TargetCapabilities, find_target
 
 CHANNEL_GROUPS = 4
+EDGE_PREFIX = "edge:"  # of a pin's pattern
 _COARSENESS = ("channel", "group", "layer")
 
 
@@ -53,6 +54,8 @@ def _resolve_pins(graph: Graph, config: RunConfig) -> dict[str, float]:
     names = [layer.name for layer in graph.searchable_layers]
     pins: dict[str, float] = {}
     for pattern, bit_width in config.pins.items():
+        if pattern.startswith(EDGE_PREFIX):
+            continue
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             raise UsageError(
@@ -110,6 +113,9 @@ def _groups(layer: Layer, granularity: str) -> tuple[tuple[int, ...], ...]:
 def _edges(graph: Graph, config: RunConfig, target: TargetCapabilities) -> tuple[EdgeChoice, ...]:
     widths = config.activation_bits or target.activation_bits
     if not widths:
+        pinned = next((p for p in config.pins if p.startswith(EDGE_PREFIX)), None)
+        if pinned is not None:
+            raise UsageError(f"--pin {pinned} needs quantized activations: add --activation-bits 8")
         return ()
     illegal = [b for b in widths if target.activation_bits and b not in target.activation_bits]
     if illegal:
@@ -117,13 +123,32 @@ def _edges(graph: Graph, config: RunConfig, target: TargetCapabilities) -> tuple
             f"target {target.name!r} runs activations of {_list(target.activation_bits)} bits, "
             f"--activation-bits asks for {_list(illegal)}"
         )
+    edges = [edge for edge in activation_edges(graph) if edge.kind != "output"]
+    pins = _resolve_edge_pins([edge.name for edge in edges], config)
     choices = []
-    for edge in activation_edges(graph):
-        if edge.kind == "output":
-            continue
+    for edge in edges:
         legal = (8,) if edge.kind == "input" else tuple(sorted(set(widths)))
-        choices.append(EdgeChoice(edge.name, legal))
+        choices.append(EdgeChoice(edge.name, pins.get(edge.name, legal)))
     return tuple(choices)
+
+
+def _resolve_edge_pins(names: Sequence[str], config: RunConfig) -> dict[str, tuple[int]]:
+    """Edge name to its one width, for patterns `edge:NAME`."""
+    pins: dict[str, tuple[int]] = {}
+    for pattern, bit_width in config.pins.items():
+        if not pattern.startswith(EDGE_PREFIX):
+            continue
+        matched = [n for n in names if fnmatchcase(n, pattern.removeprefix(EDGE_PREFIX))]
+        if not matched:
+            raise UsageError(
+                f"--pin {pattern}={bit_width:g} names no activation edge; `search inspect "
+                f"--activation-bits 8` lists them: {', '.join(names[:6])}"
+                f"{', ...' * (len(names) > 6)}"
+            )
+        if not 2 <= bit_width <= 8 or bit_width != int(bit_width):
+            raise UsageError(f"--pin {pattern} takes whole numbers from 2 to 8, got {bit_width:g}")
+        pins.update(dict.fromkeys(matched, (int(bit_width),)))
+    return pins
 
 
 def _list(widths: Sequence[float]) -> str:

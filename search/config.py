@@ -15,7 +15,8 @@ from search.atomic import write_text
 FORMAT = "bitfront-config"
 VERSION = 1
 DEFAULT_TRIALS = 160
-CORRECTIONS = ("none", "mean", "mean-spread")
+CORRECTIONS = ("none", "mean", "mean-spread", "analytic")
+PREPARATIONS = ("equalize", "absorb")  # in the order in which they are done
 # Kullback-Leibler losses of a thousand images rank candidates as well as all of them do; the
 # finished front is measured on the whole validation split.
 SEARCH_SAMPLES = 1024
@@ -44,6 +45,7 @@ class RunConfig:
     range_setter: str = "weighted_mse"
     activation_ranges: str = "auto"
     correction: str = "mean-spread"
+    prepare: tuple[str, ...] = ()
     objective: str = "loss"
     recover: str = "none"
     workers: int = 0

@@ -47,6 +47,7 @@ class Inspection:
 
     task: str
     fates: tuple[Fate, ...]
+    edges: Mapping[str, tuple[int, ...]]
     ties: Mapping[tuple[str, ...], int]
     float_bytes: int
     ranges: Mapping[str, tuple[float, float]]
@@ -71,6 +72,7 @@ class Inspection:
                 }
                 for f in self.fates
             ],
+            "edges": [{"name": name, "bit_widths": list(b)} for name, b in self.edges.items()],
             "ties": [{"layers": list(names), "channels": n} for names, n in self.ties.items()],
             "float_bytes": self.float_bytes,
             "reachable": {name: list(pair) for name, pair in self.ranges.items()},
@@ -93,6 +95,10 @@ class Inspection:
                 fate.name, fate.kind, f"{fate.n_weights:,}", f"{fate.macs:,}", fate.to_text()
             )
         console.print(table)
+        if self.edges:
+            console.print("Activation edges, for --pin edge:NAME=BITS:")
+            for name, widths in self.edges.items():
+                console.print(f"  {name}: {', '.join(map(str, widths))}", highlight=False)
         if self.ties:
             console.print("Channels that can only be removed together:")
             for names, n in self.ties.items():
@@ -124,13 +130,16 @@ def inspect_task(task: Task, config: RunConfig) -> Inspection:
     require_reachable(prepared, budgets)
     space = prepared.space
     seconds, probe_seconds = _time_evaluation(prepared)
-    n_probes = sum(len(choice.bit_widths) for choice in space.layers if len(choice.bit_widths) > 1)
+    groups: list[int] = [len(choice.bit_widths) for choice in space.layers]
+    groups += [len(edge.bit_widths) for edge in space.activations]
+    n_probes = sum(n for n in groups if n > 1)
     trials = config.trial_limit or DEFAULT_TRIALS
     low, high = space.smallest(), space.largest()
     graph = prepared.traced.graph
     return Inspection(
         task=task.name,
         fates=_fates(prepared, space),
+        edges={edge.name: edge.bit_widths for edge in space.activations},
         ties=Counter(t.layers for t in tied_channels(graph) if t.removable and len(t.layers) > 1),
         float_bytes=prepared.traced.float_bytes,
         ranges={

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -15,8 +15,10 @@ from cost_models.table import cost_model
 from quant_ops.bank import WeightBank
 from quant_ops.calibration import Calibration, calibrate
 from quant_ops.edges import activation_edges
+from quant_ops.equalize import absorb_high_biases, equalize
 from quant_ops.errors import UsageError
 from quant_ops.executor import Executor
+from quant_ops.expected_inputs import data_free
 from quant_ops.moments import InputMoments, collect_moments
 from search.blame import blaming
 from search.capture import Traced, trace
@@ -36,6 +38,7 @@ class EvaluatorSpec:
     """What a worker process needs to build an evaluator of its own."""
 
     traced: Traced
+    original: Traced
     calibration: Calibration
     splits: Mapping[str, Split]
     quality_loss: QualityLoss
@@ -48,7 +51,7 @@ class EvaluatorSpec:
 
     def __call__(self) -> Evaluator:
         return Evaluator(
-            self.traced,
+            self.original,
             WeightBank(
                 self.traced.graph,
                 self.traced.params,
@@ -112,16 +115,15 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    traced = trace(task.model, task.examples())
-    batch = traced.static_batch or EVALUATION_BATCH
+    original = trace(task.model, task.examples())
+    batch = original.static_batch or EVALUATION_BATCH
     calibration_split = load_split(task.calibration, what="calibration", batch=batch)
     validation = load_split(task.validation, what="validation", batch=batch)
     for split in (calibration_split, validation):
-        _require_batch(split, traced.static_batch)
-    space = build_space(traced.graph, config)
-    edges = {edge.name: edge.node for edge in activation_edges(traced.graph)}
+        _require_batch(split, original.static_batch)
+    space = build_space(original.graph, config)
     with blaming("the float model cannot be run on the task's calibration data"):
-        calibration = calibrate(traced.graph, traced.params, calibration_split.batches, edges=edges)
+        traced, calibration = _made_easier(original, calibration_split, config)
     splits = {
         "validation": validation,
         "search": validation.first(config.search_samples),
@@ -131,10 +133,11 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
     by_metric = config.objective == "metric"
     with blaming("the float model cannot be run on the task's validation data"):
         quality_loss = (
-            metric_loss(task.metric) if by_metric else _divergence(task, traced, validation)
+            metric_loss(task.metric) if by_metric else _divergence(task, original, validation)
         )
     spec = EvaluatorSpec(
         traced=traced,
+        original=original,
         calibration=calibration,
         splits=splits,
         quality_loss=quality_loss,
@@ -146,6 +149,34 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         moments={} if config.recover == "none" else _moments(traced, calibration_split),
     )
     return Prepared(task, config, traced, space, spec)
+
+
+def _made_easier(traced: Traced, split: Split, config: RunConfig) -> tuple[Traced, Calibration]:
+    """The network as `--prepare` leaves it, and what the calibration data say of that one."""
+    graph = traced.graph
+    edges = {edge.name: edge.node for edge in activation_edges(graph)}
+    if "equalize" in config.prepare:
+        params, divided = equalize(graph, traced.params)
+        norms = {
+            name: (beta / divided[name], gamma / divided[name])
+            if name in divided
+            else (beta, gamma)
+            for name, (beta, gamma) in traced.norms.items()
+        }
+        traced = replace(traced, params=params, norms=norms)
+    calibration = calibrate(graph, traced.params, split.batches, edges=edges)
+    if "absorb" in config.prepare:
+        mean, std = calibration.output_mean, calibration.output_std
+        params, levels = absorb_high_biases(graph, traced.params, mean, std)
+        norms = {
+            name: (beta - levels.get(name, 0.0), gamma)
+            for name, (beta, gamma) in traced.norms.items()
+        }
+        traced = replace(traced, params=params, norms=norms)
+        calibration = calibrate(graph, traced.params, split.batches, edges=edges)
+    if config.correction == "analytic":
+        calibration = data_free(calibration, graph, traced.params, traced.norms)
+    return traced, calibration
 
 
 def _require_batch(split: Split, n_samples: int | None) -> None:

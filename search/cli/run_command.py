@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from search.config import CORRECTIONS, PROBE_SAMPLES, SEARCH_SAMPLES, RunConfig
+from search.config import CORRECTIONS, PREPARATIONS, PROBE_SAMPLES, SEARCH_SAMPLES, RunConfig
 
 TaskOption = Annotated[
     str, typer.Option("--task", "-t", help="Built-in name, file.py:function or module:function.")
@@ -26,7 +26,8 @@ ActivationOption = Annotated[
     str, typer.Option("--activation-bits", help="8 fixes, 4,8 searches; empty keeps floats.")
 ]
 PinOption = Annotated[
-    list[str] | None, typer.Option("--pin", help="LAYER=BITS; LAYER may hold * and ?. Repeatable.")
+    list[str] | None,
+    typer.Option("--pin", help="LAYER=BITS or edge:NAME=BITS; names may hold * and ?. Repeatable."),
 ]
 GranularityOption = Annotated[
     str, typer.Option("--granularity", help="One width per layer, group or channel.")
@@ -53,7 +54,14 @@ ActivationRangesOption = Annotated[
 ]
 CorrectionOption = Annotated[
     str,
-    typer.Option("--correction", help="Per channel: none, mean (bias), mean-spread (and scale)."),
+    typer.Option(
+        "--correction",
+        help="Per channel: none, mean (bias), mean-spread (and scale), analytic (no data).",
+    ),
+]
+PrepareOption = Annotated[
+    str,
+    typer.Option("--prepare", help="Before anything: equalize, absorb, or both, comma-separated."),
 ]
 ObjectiveOption = Annotated[
     str,
@@ -101,6 +109,7 @@ def run(
     range_setter: RangeOption = "weighted_mse",
     activation_ranges: ActivationRangesOption = "auto",
     correction: CorrectionOption = "mean-spread",
+    prepare: PrepareOption = "",
     objective: ObjectiveOption = "loss",
     recover: RecoverOption = "none",
     search_samples: Annotated[
@@ -164,6 +173,9 @@ def run(
             activation_ranges, ("auto", *ACTIVATION_SETTERS), "--activation-ranges"
         ),
         correction=_one_of(correction, CORRECTIONS, "--correction"),
+        prepare=tuple(
+            _one_of(part.strip(), PREPARATIONS, "--prepare") for part in prepare.split(",") if part
+        ),
         objective=_one_of(objective, ("loss", "metric"), "--objective"),
         recover=_one_of(recover, ("none", "fast", "full"), "--recover"),
         search_samples=search_samples,
