@@ -68,6 +68,13 @@ class Executor:
         with torch.enable_grad():
             return self._run(params, inputs, transforms, frozenset(), 0, {})[0]
 
+    def compute(self, index: int, params: Params, values: Mapping[int, Tensor]) -> Any:
+        """The value of one node from those it reads."""
+        step = self._steps[index]
+        assert step is not None
+        function, args = step
+        return function(*(_resolve(arg, values, params) for arg in args))
+
     def live_values(self, start: int) -> tuple[int, ...]:
         """Nodes before `start` whose values are read by nodes from `start` on, or are outputs."""
         return tuple(

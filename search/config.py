@@ -47,6 +47,7 @@ class RunConfig:
     correction: str = "mean-spread"
     prepare: tuple[str, ...] = ()
     objective: str = "loss"
+    distortion: str = "exact"
     recover: str = "none"
     workers: int = 0
     ray_address: str | None = None

@@ -98,6 +98,7 @@ class RunContext:
         folder: Path,
         evaluator: Evaluator,
         sizes: tuple[int, ...] = (),
+        distortion: str = "exact",
         listener: Listener | None = None,
     ) -> None:
         self.space = space
@@ -107,6 +108,7 @@ class RunContext:
         self.seed = seed
         self.batch_size = max(BATCH_SIZE, JOBS_PER_WORKER * runner.n_workers)
         self.strategy = ""
+        self._distortion = distortion
         self._limits = Limits(None, None)
         self._runner = runner
         self._record = record
@@ -149,8 +151,14 @@ class RunContext:
             for key, change in zip(keys, changes, strict=True)
             if key not in self._probes.losses
         }
-        jobs = [Job(_candidate_of(change), "probe") for change in todo.values()]
         waiting = list(todo)
+        if todo and self._distortion != "exact":
+            asked = [_candidate_of(change) for change in todo.values()]
+            losses = self._evaluator.predict_many(asked, self._distortion)
+            for key, found in zip(waiting, losses, strict=True):
+                self._probes.add(key, found)
+            return [self._probes.losses[key] for key in keys]
+        jobs = [Job(_candidate_of(change), "probe") for change in todo.values()]
         for n, (position, loss) in enumerate(self._runner.run(jobs), start=1):
             assert isinstance(loss, float)
             self._probes.add(waiting[position], loss)

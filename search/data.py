@@ -45,6 +45,19 @@ class Split:
             left -= n
         return Split(tuple(out))
 
+    def cut(self, size: int) -> "Split":
+        """Batches of at most `size` samples, where they can be cut."""
+        out: list[Batch] = []
+        for inputs, target in self.batches:
+            n = batch_size(inputs)
+            if not _is_cuttable(target, n):
+                out.append((inputs, target))
+                continue
+            for i in range(0, n, size):
+                part = None if target is None else target[i : i + size]
+                out.append((tuple(x[i : i + size] for x in inputs), part))
+        return Split(tuple(out))
+
     def digest(self) -> str:
         """Identifies the inputs: first and last batch in full, shapes of all."""
         hasher = hashlib.blake2b(digest_size=8)

@@ -89,6 +89,7 @@ def run_search(
             space=prepared.space,
             budgets=budgets,
             sizes=asked.sizes,
+            distortion=config.distortion,
             costs=prepared.costs,
             seed=config.seed,
             runner=runner,

@@ -13,14 +13,18 @@ from quant_ops.candidate import Candidate
 from quant_ops.edges import activation_edges
 from quant_ops.executor import Executor, Transform
 from quant_ops.graph import Params
+from quant_ops.perturbation import predicted_losses
 from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel
+from quant_ops.sensitivity import gaussian_gradient, sampled_label_gradient
 from search.capture import Traced
 from search.data import Split
 from search.evaluation import Evaluation
-from search.judge import Judge, Measurement, Tally
+from search.judge import Judge, Measurement, Tally, are_logits
 from search.prefix import Network, PrefixRunner
 from search.quality import QualityLoss
 from search.task import Metric
+
+PREDICTION_BATCH = 32  # gradients of every class are held for one batch
 
 
 class Evaluator:
@@ -128,6 +132,24 @@ class Evaluator:
                     changed[layer.bias] = bias
             networks.append((changed, quantizers))
         return self._measure_networks(networks, split)
+
+    def predict_many(
+        self, changes: Sequence[Candidate], measure: str, split: str = "probe"
+    ) -> list[float]:
+        """Quality loss of single changes predicted from gradients, see `predicted_losses`."""
+        outputs = self.judge(split).float_outputs
+        logits = bool(outputs) and are_logits(outputs[0])
+        data = self._splits[split]
+        if self.traced.static_batch is None:
+            data = data.cut(PREDICTION_BATCH)
+        return predicted_losses(
+            self.bank,
+            data.batches,
+            changes,
+            measure,
+            sampled_label_gradient if logits else gaussian_gradient,
+            logits=logits,
+        )
 
     def _measure_networks(self, networks: Sequence[Network], split: str) -> list[Measurement]:
         judge = self.judge(split)

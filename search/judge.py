@@ -88,7 +88,7 @@ class Judge:
             tally.scores.append(self._scores(outputs, target, len(losses)))
         elif target is not None:
             tally.outputs.append(outputs)
-        if _are_logits(reference):
+        if are_logits(reference):
             tally.same.append(agreement(outputs, reference))
 
     def conclude(self, tally: "Tally") -> Measurement:
@@ -124,7 +124,7 @@ class Judge:
         return float(self._metric.function(joined, whole))
 
 
-def _are_logits(outputs: Any) -> bool:
+def are_logits(outputs: Any) -> bool:
     return (
         isinstance(outputs, Tensor)
         and outputs.is_floating_point()

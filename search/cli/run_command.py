@@ -63,6 +63,14 @@ PrepareOption = Annotated[
     str,
     typer.Option("--prepare", help="Before anything: equalize, absorb, or both, comma-separated."),
 ]
+DistortionOption = Annotated[
+    str,
+    typer.Option(
+        "--distortion",
+        help="Single layers are run (exact) or predicted from gradients: linearized, gauss-newton, "
+        "fisher, hessian-trace, gradient-l1.",
+    ),
+]
 ObjectiveOption = Annotated[
     str,
     typer.Option("--objective", help="loss: divergence from the float model; metric: the task's."),
@@ -111,6 +119,7 @@ def run(
     correction: CorrectionOption = "mean-spread",
     prepare: PrepareOption = "",
     objective: ObjectiveOption = "loss",
+    distortion: DistortionOption = "exact",
     recover: RecoverOption = "none",
     search_samples: Annotated[
         int, typer.Option(min=1, help="Validation samples that judge a candidate.")
@@ -140,6 +149,7 @@ def run(
     --time-limit, --workers, --ray-address and --threads keeps its stored value.
     """
     from quant_ops.calibration import ACTIVATION_SETTERS
+    from quant_ops.perturbation import MEASURES
     from quant_ops.ranges import RANGE_SETTERS
     from search.cli.running import execute, resumed_config
     from search.durations import parse_duration
@@ -176,6 +186,7 @@ def run(
         prepare=tuple(
             _one_of(part.strip(), PREPARATIONS, "--prepare") for part in prepare.split(",") if part
         ),
+        distortion=_one_of(distortion, ("exact", *MEASURES), "--distortion"),
         objective=_one_of(objective, ("loss", "metric"), "--objective"),
         recover=_one_of(recover, ("none", "fast", "full"), "--recover"),
         search_samples=search_samples,
