@@ -5,7 +5,7 @@ their gradients, it predicts the loss without running the rest of the network: o
 the layer per width, and a few backward passes for everything.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,31 +104,25 @@ def predicted_losses(
     """
     if measure not in MEASURES:
         raise ValueError(f"distortion measure {measure!r} is not one of {', '.join(MEASURES)}")
-    predictor = _Predictor(bank, changes)
+    predictor = Predictor(bank, changes)
     generator = torch.Generator().manual_seed(seed)
     totals = torch.zeros(len(changes), dtype=torch.float64)
     count = 0
     for inputs, _ in batches:
         run = predictor.forward(inputs)
-        few = logits and len(run.outputs) == 1 and run.outputs[0].dim() == 2
-        few = few and run.outputs[0].shape[1] <= MOST_CLASSES
+        few = logits and has_few_classes(run)
         chosen = MEASURES[measure if few or measure != "linearized" else "gauss-newton"]
         if chosen.every_class:
-            cotangents = _of_every_class(run.outputs[0])
+            cotangents = of_every_class(run.outputs[0])
         else:
-            detached = [y.detach() for y in run.outputs]
-            cotangents = [output_gradient(detached, generator) for _ in range(DRAWS)]
+            cotangents = drawn(run, output_gradient, generator)
         totals += predictor.score(run, cotangents, chosen)
         count += len(run.outputs[0])
     return [float(total) / max(1, count) for total in totals]
 
 
-def _of_every_class(logits: Tensor) -> Cotangents:
-    return [(row.expand_as(logits),) for row in torch.eye(logits.shape[1])]
-
-
 @dataclass
-class _Run:
+class Run:
     """One batch: outputs, what is added to watched values (zeros), kept values."""
 
     outputs: tuple[Tensor, ...]
@@ -136,7 +130,31 @@ class _Run:
     values: Mapping[int, Tensor]
 
 
-class _Predictor:
+def has_few_classes(run: Run) -> bool:
+    """Whether the only output is (batch, classes) with at most 32 classes."""
+    (first, *others) = run.outputs
+    return not others and first.dim() == 2 and first.shape[1] <= MOST_CLASSES
+
+
+def of_every_class(logits: Tensor) -> Cotangents:
+    """One backward pass per logit."""
+    return [(row.expand_as(logits),) for row in torch.eye(logits.shape[1])]
+
+
+def drawn(run: Run, draw: OutputGradient, generator: torch.Generator) -> Cotangents:
+    """A few draws of the output's gradient."""
+    outputs = [y.detach() for y in run.outputs]
+    return [draw(outputs, generator) for _ in range(DRAWS)]
+
+
+class Predictor:
+    """Runs the float network once per batch and asks what changes of single layers would do.
+
+    Args:
+        bank: of the network.
+        changes: each names one layer of one width, or one activation edge.
+    """
+
     def __init__(self, bank: WeightBank, changes: Sequence[Candidate]) -> None:
         self._bank = bank
         self._changes = changes
@@ -151,7 +169,8 @@ class _Predictor:
         sites = [s for name, _ in change.layers for s in self._bank.graph.layer_of[name].sites]
         return sites + [self._node_of[name] for name, _ in change.activations]
 
-    def forward(self, inputs: Sequence[Tensor]) -> _Run:
+    def forward(self, inputs: Sequence[Tensor]) -> Run:
+        """Outputs and the values at the places of all changes, ready for gradients."""
         graph, added, values = self._bank.graph, dict[int, Tensor](), dict[int, Tensor]()
         sources = {
             arg.index for n in self._at for arg in graph.nodes[n].args[:2] if isinstance(arg, Ref)
@@ -169,9 +188,12 @@ class _Predictor:
 
         hooks = {index: watch(index) for index in sources | set(self._at)}
         outputs = self._executor.run_with_grad(self._bank.float_params, inputs, hooks)
-        return _Run(outputs, added, values)
+        return Run(outputs, added, values)
 
-    def score(self, run: _Run, cotangents: Cotangents, measure: Measure) -> Tensor:
+    def gradients(
+        self, run: Run, cotangents: Cotangents
+    ) -> Iterator[tuple[int, Sequence[int], Tensor]]:
+        """(node, numbers of the changes there, gradients (passes, *value)) where there are some."""
         nodes = [node for node in self._at if node in run.added]
         live = [i for i, y in enumerate(run.outputs) if y.requires_grad]
         passes = [
@@ -184,21 +206,25 @@ class _Predictor:
             )
             for cotangent in cotangents
         ]
+        for at, node in enumerate(nodes):
+            found = [grads[at] for grads in passes]
+            if all(gradient is not None for gradient in found):
+                yield node, self._at[node], torch.stack(found)
+
+    def score(self, run: Run, cotangents: Cotangents, measure: Measure) -> Tensor:
+        """(changes,) summed losses of one batch."""
         totals = torch.zeros(len(self._changes), dtype=torch.float64)
-        with torch.inference_mode():
-            logits = run.outputs[0].detach()
-            for at, node in enumerate(nodes):
-                found = [grads[at] for grads in passes]
-                if any(gradient is None for gradient in found):
-                    continue
-                n = len(found[0])
-                gradients = torch.stack([g.reshape(n, -1) for g in found])
-                for number in self._at[node]:
-                    change = self._change(self._changes[number], node, run.values)
-                    totals[number] += measure.score(gradients, change.reshape(n, -1), logits).sum()
+        logits = run.outputs[0].detach()
+        for node, numbers, gradients in self.gradients(run, cotangents):
+            flat = gradients.flatten(2)
+            for number in numbers:
+                with torch.inference_mode():
+                    change = self.change(self._changes[number], node, run.values).flatten(1)
+                    totals[number] += measure.score(flat, change, logits).sum()
         return totals
 
-    def _change(self, change: Candidate, node: int, values: Mapping[int, Tensor]) -> Tensor:
+    def change(self, change: Candidate, node: int, values: Mapping[int, Tensor]) -> Tensor:
+        """What a change adds to the value of one node."""
         if change.activations:
             ((name, _),) = change.activations
             quantizer = self._bank.activations(change)[name]

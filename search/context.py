@@ -18,7 +18,7 @@ from search.journal import writing
 from search.record import Record
 from search.runners.base import Job, Runner
 from search.space import SearchSpace
-from search.strategy import SearchOver
+from search.strategy import ChannelLosses, SearchOver
 
 EDGE_PREFIX = "edge:"
 # Proposals depend on the size of a batch: up to two workers propose what one process does.
@@ -109,6 +109,7 @@ class RunContext:
         self.batch_size = max(BATCH_SIZE, JOBS_PER_WORKER * runner.n_workers)
         self.strategy = ""
         self._distortion = distortion
+        self._channel_losses: ChannelLosses | None = None
         self._limits = Limits(None, None)
         self._runner = runner
         self._record = record
@@ -166,6 +167,13 @@ class RunContext:
             if self._out_of_time():
                 raise SearchOver
         return [self._probes.losses[key] for key in keys]
+
+    def channel_losses(self) -> ChannelLosses:
+        """See `Context.channel_losses`."""
+        if self._channel_losses is None:
+            widths = {c.name: c.bit_widths for c in self.space.layers if len(c.bit_widths) > 1}
+            self._channel_losses = self._evaluator.channel_losses(widths)
+        return self._channel_losses
 
     def submit(
         self, candidate: Candidate, model: QuantizedModel, *, recipe: str, parent: int | None = None

@@ -10,9 +10,11 @@ from torch.utils import _pytree as pytree
 from cost_models.base import CostModel
 from quant_ops.bank import WeightBank
 from quant_ops.candidate import Candidate
+from quant_ops.channel_losses import channel_losses
 from quant_ops.edges import activation_edges
 from quant_ops.executor import Executor, Transform
 from quant_ops.graph import Params
+from quant_ops.layout import to_canonical
 from quant_ops.perturbation import predicted_losses
 from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel
 from quant_ops.sensitivity import gaussian_gradient, sampled_label_gradient
@@ -22,6 +24,7 @@ from search.evaluation import Evaluation
 from search.judge import Judge, Measurement, Tally, are_logits
 from search.prefix import Network, PrefixRunner
 from search.quality import QualityLoss
+from search.strategy import ChannelLosses
 from search.task import Metric
 
 PREDICTION_BATCH = 32  # gradients of every class are held for one batch
@@ -139,17 +142,37 @@ class Evaluator:
         """Quality loss of single changes predicted from gradients, see `predicted_losses`."""
         outputs = self.judge(split).float_outputs
         logits = bool(outputs) and are_logits(outputs[0])
-        data = self._splits[split]
-        if self.traced.static_batch is None:
-            data = data.cut(PREDICTION_BATCH)
         return predicted_losses(
             self.bank,
-            data.batches,
+            self._small_batches(split).batches,
             changes,
             measure,
             sampled_label_gradient if logits else gaussian_gradient,
             logits=logits,
         )
+
+    def channel_losses(
+        self, widths: Mapping[str, Sequence[float]], split: str = "probe"
+    ) -> ChannelLosses:
+        """Per layer the predicted losses of its channels, and the spread of their weights."""
+        outputs, graph = self.judge(split).float_outputs, self.traced.graph
+        logits = bool(outputs) and are_logits(outputs[0])
+        losses = channel_losses(
+            self.bank,
+            self._small_batches(split).batches,
+            widths,
+            sampled_label_gradient if logits else gaussian_gradient,
+            logits=logits,
+        )
+        rows = {n: to_canonical(graph.layer_of[n], self._weight(n)).flatten(1) for n in widths}
+        return {n: (losses[n], rows[n].double().std(dim=1).numpy()) for n in widths}
+
+    def _weight(self, layer: str) -> Tensor:
+        return self.bank.float_params[self.traced.graph.layer_of[layer].weight]
+
+    def _small_batches(self, split: str) -> Split:
+        data = self._splits[split]
+        return data if self.traced.static_batch is not None else data.cut(PREDICTION_BATCH)
 
     def _measure_networks(self, networks: Sequence[Network], split: str) -> list[Measurement]:
         judge = self.judge(split)

@@ -4,16 +4,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeAlias
 from zlib import crc32
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cost_models.base import CostModel
 from quant_ops.candidate import Candidate
 from quant_ops.quantized import QuantizedModel
 from search.evaluation import Evaluation
 from search.space import SearchSpace
+
+ChannelLosses: TypeAlias = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
 class Context(Protocol):
@@ -49,6 +52,13 @@ class Context(Protocol):
 
         Answers are kept in the run's folder, so that a table is measured once. Not trials; their
         cost is counted in forward passes.
+        """
+
+    def channel_losses(self) -> ChannelLosses:
+        """Per layer with a choice: predicted loss (out_channels, widths), weights' spread.
+
+        Predicted from gradients on the probe subset, each channel alone at each legal width;
+        the spread is the standard deviation of a channel's weights, (out_channels,).
         """
 
     def size_of(self, candidate: Candidate) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cost_models.base import CostModel
 from quant_ops.candidate import Candidate
@@ -15,7 +16,7 @@ from search.evaluation import Evaluation, within
 from search.space import EdgeChoice, LayerChoice, SearchSpace
 from search.strategies.table import make_strategy, strategy_class
 from search.strategies.uniform import uniform_candidates
-from search.strategy import SearchOver, Strategy
+from search.strategy import ChannelLosses, SearchOver, Strategy
 
 HEADER_BYTES = 100
 WIDTHS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -154,6 +155,16 @@ class FakeContext:
             sum(s[name.removeprefix("edge:")] * 4.0**-width for name, width in change.items())
             for change in changes
         ]
+
+    def channel_losses(self) -> ChannelLosses:
+        """The formula, shared unevenly by the channels: as a prediction would have it."""
+        out = {}
+        for choice in self.space.layers:
+            law: NDArray[np.float64] = 4.0 ** -np.array(choice.bit_widths, dtype=np.float64)
+            shares: NDArray[np.float64] = 4.0 ** np.arange(8, dtype=np.float64)
+            losses = np.outer(shares / shares.sum(), self.task.sensitivity[choice.name] * law)
+            out[choice.name] = (losses.astype(np.float64), shares)
+        return out
 
     def size_of(self, candidate: Candidate) -> int:
         """The formula."""

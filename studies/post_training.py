@@ -1,6 +1,7 @@
 """Post-training quality at fixed sizes: weights only, no labels, one `search run` for all sizes.
 
     python studies/post_training.py --data DATA [--task cifar10-resnet20] [--seed 0] [--test]
+        [--granularity channel]
 
 Rows are appended to studies/rows/post_training.jsonl and kept: a second call runs only what is
 missing, and an interrupted run is resumed. The row of a size is the point of lowest validation
@@ -37,9 +38,11 @@ def main() -> None:
     parser.add_argument("--task", choices=SIZES, default="cifar10-resnet20")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/post_training"))
+    parser.add_argument("--granularity", choices=("layer", "channel"), default="channel")
+    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--test", action="store_true")
     arguments = parser.parse_args()
-    folder = arguments.out / f"{arguments.task}-{arguments.seed}"
+    folder = arguments.out / f"{arguments.task}-{arguments.granularity}-{arguments.seed}"
     seconds = 0.0
     if not (folder / "front.json").exists() or not ParetoFront.load(folder / "front.json").packed:
         started = time.monotonic()
@@ -50,7 +53,10 @@ def main() -> None:
             resume=(folder / "config.json").exists(),
             data=str(arguments.data),
             recover="full",
+            granularity=arguments.granularity,
+            settings={"auto.points": "8"},
             trials=TRIALS,
+            threads=arguments.threads,
             search_samples=SEARCH_SAMPLES,
             seed=arguments.seed,
         )
@@ -60,7 +66,8 @@ def main() -> None:
         front = read_test_split(folder)
     known = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
     for size in SIZES[arguments.task]:
-        row = row_at(front, folder, size, arguments.seed, seconds)
+        row = row_at(front, folder, size, seconds)
+        row |= {"seed": arguments.seed, "granularity": arguments.granularity}
         if row not in [{**other, "seconds": seconds} for other in known]:
             append(row)
         test = row["test"]
@@ -73,12 +80,11 @@ def main() -> None:
         )
 
 
-def row_at(front: ParetoFront, folder: Path, size: int, seed: int, seconds: float) -> dict:
+def row_at(front: ParetoFront, folder: Path, size: int, seconds: float) -> dict:
     """What the point of lowest validation loss at or under `size` is and does."""
     point = front.best(size)
     return {
         "task": front.info.task,
-        "seed": seed,
         "size": size,
         "bytes": point.size_bytes,
         "trial": point.trial,

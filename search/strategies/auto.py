@@ -12,9 +12,10 @@ from quant_ops.quantized import QuantizedModel
 from search.evaluation import Evaluation
 from search.space import SearchSpace
 from search.strategies.table import make_strategy
-from search.strategy import Context, Strategy, Traits
+from search.strategy import ChannelLosses, Context, Strategy, Traits
 
 OPENING = ("uniform", "rate-distortion")  # each runs to its end
+BY_CHANNEL = ("channel-allocation",)  # then these, where channels have widths of their own
 ROUNDS = (("local-search", 2), ("nsga2", 1))  # strategy, batches; repeated until time is used up
 
 
@@ -45,7 +46,8 @@ class Auto(Strategy):
 
     def run(self, context: Context) -> None:
         memory = Memory()
-        for name in OPENING:
+        by_channel = any(choice.groups for choice in context.space.layers)
+        for name in OPENING + BY_CHANNEL * by_channel:
             settings = {"points": self.settings.points} if name == "rate-distortion" else {}
             make_strategy(name, settings).run(Share(context, memory, context.seed, name))
         number = 0
@@ -104,6 +106,9 @@ class Share:
 
     def probe(self, changes: Sequence[Mapping[str, float]]) -> list[float]:
         return self._context.probe(changes)
+
+    def channel_losses(self) -> ChannelLosses:
+        return self._context.channel_losses()
 
     def size_of(self, candidate: Candidate) -> int:
         return self._context.size_of(candidate)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from quant_ops.candidate import Candidate
 from search.evaluation import Evaluation, within
+from search.strategies.channel_allocation import group_tables
 from search.strategies.distortion import DistortionTable, measure_table
 from search.strategies.proposals import Genome, fresh_batch
 from search.strategies.random_search import stratified
@@ -51,6 +52,10 @@ class LocalSearch(Strategy):
     def run(self, context: Context) -> None:
         table = measure_table(context)
         genes = GeneTable.of(table)
+        if any(choice.groups for choice in context.space.layers):
+            groups, numbers = group_tables(context, table)
+            losses = (group.losses for group in groups)
+            genes = genes.with_losses(dict(zip(numbers, losses, strict=True)))
         history = list(context.history())
         seen = {evaluation.candidate for evaluation in history}
         batch = 0

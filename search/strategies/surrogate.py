@@ -1,7 +1,7 @@
 """The distortion table corrected by what was measured of whole candidates."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ OCTAVES = 0.7  # evaluations within about this factor of two in size count
 
 @dataclass(frozen=True)
 class GeneTable:
-    """The table per gene: a layer's loss and bytes are shared evenly by its channel groups."""
+    """The table per gene: a layer's loss and bytes are shared evenly, unless told otherwise."""
 
     group_of: NDArray[np.intp]
     losses: tuple[NDArray[np.float64], ...]
@@ -39,6 +39,12 @@ class GeneTable:
             tuple(table.losses[g] / n_genes[g] for g in group_of),
             tuple(sizes[g] / n_genes[g] for g in group_of),
             table.base_costs["size_bytes"],
+        )
+
+    def with_losses(self, losses: Mapping[int, NDArray[np.float64]]) -> "GeneTable":
+        """The table with other losses for some genes."""
+        return replace(
+            self, losses=tuple(losses.get(gene, loss) for gene, loss in enumerate(self.losses))
         )
 
     def loss_by_group(self, genome: Sequence[int]) -> NDArray[np.float64]:

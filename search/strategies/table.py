@@ -13,6 +13,7 @@ STRATEGIES = {
     "auto": "search.strategies.auto:Auto",
     "uniform": "search.strategies.uniform:Uniform",
     "rate-distortion": "search.strategies.rate_distortion:RateDistortion",
+    "channel-allocation": "search.strategies.channel_allocation:ChannelAllocation",
     "local-search": "search.strategies.local_search:LocalSearch",
     "nsga2": "search.strategies.optuna_sampler:NSGA2",
     "nsga3": "search.strategies.optuna_sampler:NSGA3",

@@ -43,3 +43,8 @@ class TestRandom(StrategyContract):
 def test_every_strategy_of_this_package_is_under_the_contract():
     ours = {name for name, where in STRATEGIES.items() if where.startswith("search.")}
     assert ours == {cls.name for cls in StrategyContract.__subclasses__()}
+
+
+class TestChannelAllocation(StrategyContract):
+    name = "channel-allocation"
+    settings = {"rule": "all"}  # noqa: RUF012
