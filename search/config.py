@@ -48,6 +48,7 @@ class RunConfig:
     prepare: tuple[str, ...] = ()
     objective: str = "loss"
     distortion: str = "exact"
+    early_stop: bool = True
     recover: str = "none"
     workers: int = 0
     ray_address: str | None = None

@@ -7,13 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cost_models.base import CostModel
 from quant_ops.candidate import Candidate, LayerQuant
 from quant_ops.packed import PackedModel
 from quant_ops.quantized import QuantizedModel
+from search.early_stop import Incumbent, Incumbents
 from search.evaluation import Evaluation
 from search.evaluator import Evaluator
 from search.finish import packed_path
+from search.front import BASELINES
 from search.journal import writing
 from search.record import Record
 from search.runners.base import Job, Runner
@@ -24,6 +29,7 @@ EDGE_PREFIX = "edge:"
 # Proposals depend on the size of a batch: up to two workers propose what one process does.
 BATCH_SIZE = 8
 JOBS_PER_WORKER = 4
+IN_FULL = (*BASELINES, "reallocation")  # strategies whose candidates are never stopped early
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +89,8 @@ class RunContext:
 
     On resume a strategy is replayed from its start: a candidate that the record knows is
     answered from there, and `history` shows only what the replay has reached, so that the
-    proposals are those of the uninterrupted run.
+    proposals are those of the uninterrupted run. So are the incumbents: a candidate is compared
+    with what was reached before its batch was proposed.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class RunContext:
         evaluator: Evaluator,
         sizes: tuple[int, ...] = (),
         distortion: str = "exact",
+        early_stop: bool = False,
         listener: Listener | None = None,
     ) -> None:
         self.space = space
@@ -116,8 +124,12 @@ class RunContext:
         self.run_folder = folder
         self._evaluator = evaluator
         self.listener = listener or Listener()
-        self._recorded = {e.candidate: e for e in record.evaluations() if not e.recipe}
+        plain = [e for e in record.evaluations() if not e.recipe]
+        self._recorded = {e.candidate: e for e in plain if not e.pruned}
+        self._stopped = {e.candidate: e for e in plain if e.pruned}
         self._reached: dict[Candidate, Evaluation] = {}
+        self._early_stop = early_stop
+        self._incumbents = Incumbents(("size_bytes", *(n for n in budgets if n != "size_bytes")))
         self._n_used = 0
         self._probes = ProbeLog(folder / "probes.jsonl")
 
@@ -130,16 +142,17 @@ class RunContext:
 
     def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
         """See `Context.evaluate`."""
-        fresh = [c for c in dict.fromkeys(candidates) if c not in self._reached]
+        fresh = [c for c in dict.fromkeys(candidates) if not self._is_answered(c)]
         over = False
         if self._limits.trials is not None:
             left = max(0, self._limits.trials - self._n_used)
             over = len(fresh) > left
             fresh = fresh[:left]
-        for candidate in fresh:
-            if candidate in self._recorded:
-                self._reach(self._recorded[candidate], known=True)
-        over |= not self._measure([c for c in fresh if c not in self._reached])
+        known = {c: e for c in fresh if (e := self._from_record(c)) is not None}
+        jobs = self._jobs([c for c in fresh if c not in known])
+        for evaluation in known.values():
+            self._reach(evaluation, known=True)
+        over |= not self._measure(jobs)
         if over:
             raise SearchOver
         return [self._reached[c] for c in candidates]
@@ -235,12 +248,57 @@ class RunContext:
         deadline = self._limits.deadline
         return deadline is not None and time.monotonic() >= deadline
 
-    def _reach(self, evaluation: Evaluation, *, known: bool) -> None:
+    @property
+    def _in_full(self) -> bool:
+        return not self._early_stop or self.strategy in IN_FULL
+
+    def _is_answered(self, candidate: Candidate) -> bool:
+        reached = self._reached.get(candidate)
+        return reached is not None and not (reached.pruned and self._in_full)
+
+    def _from_record(self, candidate: Candidate) -> Evaluation | None:
+        """The earliest recorded answer that this strategy may be given."""
+        whole, stopped = self._recorded.get(candidate), self._stopped.get(candidate)
+        if stopped is None or self._in_full:
+            return whole
+        return stopped if whole is None or stopped.trial < whole.trial else whole
+
+    def _jobs(self, candidates: Sequence[Candidate]) -> list[Job]:
+        if self._in_full:
+            return [Job(c) for c in candidates]
+        best = {c: self._incumbents.best(self.cost_of(c)) for c in candidates}
+        losses = self._sample_losses({e.candidate: e for e in best.values() if e is not None})
+        return [
+            Job(c, incumbent=None if e is None else Incumbent(e.loss, losses[e.candidate]))
+            for c, e in best.items()
+        ]
+
+    def _sample_losses(
+        self, evaluations: Mapping[Candidate, Evaluation]
+    ) -> dict[Candidate, NDArray[np.float32]]:
+        """Losses per sample; what a record does not hold is measured again, by the same runner."""
+        found = {c: self._incumbents.losses(e) for c, e in evaluations.items()}
+        missing = [c for c, losses in found.items() if losses is None]
+        for position, result in self._runner.run([Job(c) for c in missing]):
+            assert isinstance(result, Evaluation)
+            assert result.sample_losses is not None
+            found[missing[position]] = result.sample_losses
+            self._incumbents.remember(evaluations[missing[position]], result.sample_losses)
+        return {c: losses for c, losses in found.items() if losses is not None}
+
+    def _reach(
+        self,
+        evaluation: Evaluation,
+        *,
+        known: bool,
+        losses: NDArray[np.float32] | None = None,
+    ) -> None:
         self._reached[evaluation.candidate] = evaluation
+        self._incumbents.add(evaluation, losses)
         self._n_used += 1
         self.listener.on_evaluation(evaluation, known)
 
-    def _measure(self, candidates: Sequence[Candidate]) -> bool:
+    def _measure(self, jobs: Sequence[Job]) -> bool:
         """Evaluate and record; False when time ran out first.
 
         Results are recorded in proposal order as far as they are complete, so that trial
@@ -248,22 +306,26 @@ class RunContext:
         """
         done: dict[int, Evaluation] = {}
         written = 0
-        for position, result in self._runner.run([Job(c) for c in candidates]):
+        for position, result in self._runner.run(jobs):
             assert isinstance(result, Evaluation)
             done[position] = replace(result, strategy=self.strategy, seed=self.seed)
             ready = []
             while written in done:
                 ready.append(done.pop(written))
                 written += 1
-            for evaluation in self._record.append(ready, self.budgets):
-                self._recorded[evaluation.candidate] = evaluation
-                self._reach(evaluation, known=False)
-            if self._out_of_time() and written < len(candidates):
-                for evaluation in self._record.append(list(done.values()), self.budgets):
-                    self._recorded[evaluation.candidate] = evaluation
-                    self._reach(evaluation, known=False)
+            self._keep(ready)
+            if self._out_of_time() and written < len(jobs):
+                self._keep(list(done.values()))
                 return False
         return True
+
+    def _keep(self, evaluations: Sequence[Evaluation]) -> None:
+        slim = [replace(e, sample_losses=None) for e in evaluations]
+        recorded = self._record.append(slim, self.budgets)
+        for evaluation, fresh in zip(recorded, evaluations, strict=True):
+            answers = self._stopped if evaluation.pruned else self._recorded
+            answers[evaluation.candidate] = evaluation
+            self._reach(evaluation, known=False, losses=fresh.sample_losses)
 
 
 def _candidate_of(change: Mapping[str, float]) -> Candidate:

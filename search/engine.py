@@ -90,6 +90,7 @@ def run_search(
             budgets=budgets,
             sizes=asked.sizes,
             distortion=config.distortion,
+            early_stop=config.early_stop,
             costs=prepared.costs,
             seed=config.seed,
             runner=runner,
@@ -169,7 +170,7 @@ def finish(
     )
     paths = {e.trial: str(packed_path(folder, e.trial).relative_to(folder)) for e in results}
     front = front.with_packed(paths).with_test(known_test_metrics(record, results))
-    front = replace(front, n_evaluations=len(evaluations))
+    front = front.counting(evaluations)
     front.save(folder / "front.json")
     save_plots(front, folder, evaluations=evaluations)
     save_html(front, folder / "front.html")

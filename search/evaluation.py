@@ -1,9 +1,15 @@
 """One finished trial: a candidate and everything measured of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quant_ops.candidate import Candidate
+
+SAMPLES, SAMPLES_LEFT = "samples", "samples left"  # notes of a stopped evaluation
+ESTIMATE = "estimated loss"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +29,11 @@ class Evaluation:
         parent: trial it started from.
         weights_digest: of the stored codes, when they are not a function of the candidate alone.
         trial: number in the record; -1 before it is recorded.
-        pruned: the evaluation was stopped early; `loss` is a lower bound then.
+        pruned: the evaluation was stopped early, because it was certain that an earlier trial of
+            at most its size is better. `loss` is a lower confidence bound then, above that
+            trial's loss; metric and agreement are None, and notes say how many samples were seen.
+        sample_losses: (samples,) that `loss` is the mean of, fresh from the evaluator only; never
+            recorded.
     """
 
     candidate: Candidate
@@ -41,11 +51,17 @@ class Evaluation:
     trial: int = -1
     pruned: bool = False
     notes: Mapping[str, float] = field(default_factory=dict)
+    sample_losses: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
     @property
     def size_bytes(self) -> int:
         """Length of the packed file."""
         return int(self.costs["size_bytes"])
+
+    @property
+    def estimated_loss(self) -> float:
+        """The loss; of a stopped evaluation what it was heading for, not the bound."""
+        return self.notes.get(ESTIMATE, self.loss)
 
     def with_trial(self, trial: int) -> "Evaluation":
         """The same evaluation under its number in the record."""
@@ -55,3 +71,13 @@ class Evaluation:
 def within(budgets: Mapping[str, float], costs: Mapping[str, float]) -> bool:
     """Whether every budgeted cost is at or under its limit."""
     return all(costs[name] <= limit for name, limit in budgets.items())
+
+
+def share_saved(evaluations: Iterable[Evaluation]) -> float:
+    """The share of forward passes that early stopping saved, of all that plain trials ask for."""
+    plain = [e for e in evaluations if not e.recipe]
+    stopped = [e.notes for e in plain if SAMPLES_LEFT in e.notes]
+    if not stopped:
+        return 0.0
+    n_samples = stopped[0][SAMPLES] + stopped[0][SAMPLES_LEFT]
+    return float(sum(notes[SAMPLES_LEFT] for notes in stopped) / (n_samples * len(plain)))

@@ -1,9 +1,13 @@
 """Measures candidates: quality loss, metric, agreement, every cost."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -20,7 +24,8 @@ from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel
 from quant_ops.sensitivity import gaussian_gradient, sampled_label_gradient
 from search.capture import Traced
 from search.data import Split
-from search.evaluation import Evaluation
+from search.early_stop import Incumbent
+from search.evaluation import ESTIMATE, SAMPLES, SAMPLES_LEFT, Evaluation
 from search.judge import Judge, Measurement, Tally, are_logits
 from search.prefix import Network, PrefixRunner
 from search.quality import QualityLoss
@@ -106,11 +111,8 @@ class Evaluator:
         self, candidates: Sequence[Candidate], split: str = "search"
     ) -> list[Measurement]:
         """What `measure` gives for each, bit for bit; common beginnings are run once."""
-        order = sorted(range(len(candidates)), key=lambda i: self._sort_key(candidates[i]))
-        ordered = [candidates[i] for i in order]
-        networks = [(self.bank.params(c), self._quantizers(c)) for c in ordered]
-        measured = dict(zip(order, self._measure_networks(networks, split), strict=True))
-        return [measured[i] for i in range(len(candidates))]
+        judge = self.judge(split)
+        return [judge.conclude(tally) for tally in self._tallies(candidates, split)]
 
     def measure_variants(
         self,
@@ -134,7 +136,8 @@ class Evaluator:
                 if layer.bias is not None and bias is not None:
                     changed[layer.bias] = bias
             networks.append((changed, quantizers))
-        return self._measure_networks(networks, split)
+        judge = self.judge(split)
+        return [judge.conclude(tally) for tally in self._run_networks(networks, split)]
 
     def predict_many(
         self, changes: Sequence[Candidate], measure: str, split: str = "probe"
@@ -174,31 +177,79 @@ class Evaluator:
         data = self._splits[split]
         return data if self.traced.static_batch is not None else data.cut(PREDICTION_BATCH)
 
-    def _measure_networks(self, networks: Sequence[Network], split: str) -> list[Measurement]:
+    def _tallies(
+        self,
+        candidates: Sequence[Candidate],
+        split: str,
+        incumbents: Sequence[Incumbent | None] = (),
+    ) -> list[Tally]:
+        order = sorted(range(len(candidates)), key=lambda i: self._sort_key(candidates[i]))
+        ordered = [candidates[i] for i in order]
+        networks = [(self.bank.params(c), self._quantizers(c)) for c in ordered]
+        rivals = [incumbents[i] for i in order] if incumbents else ()
+        tallies = dict(zip(order, self._run_networks(networks, split, rivals), strict=True))
+        return [tallies[i] for i in range(len(candidates))]
+
+    def _run_networks(
+        self,
+        networks: Sequence[Network],
+        split: str,
+        incumbents: Sequence[Incumbent | None] = (),
+    ) -> list[Tally]:
+        """Every batch through every network; one that its incumbent is sure to beat leaves."""
         judge = self.judge(split)
         tallies = [Tally() for _ in networks]
         for number, (inputs, _) in enumerate(judge.split.batches):
-            for tally, outputs in zip(tallies, self._prefixes.run(networks, inputs), strict=True):
-                judge.add(tally, number, self._tree(outputs))
-        return [judge.conclude(tally) for tally in tallies]
+            left = [i for i, tally in enumerate(tallies) if tally.stop is None]
+            runs = self._prefixes.run([networks[i] for i in left], inputs)
+            for i, outputs in zip(left, runs, strict=True):
+                judge.add(tallies[i], number, self._tree(outputs))
+                incumbent = incumbents[i] if incumbents else None
+                if incumbent is not None:
+                    tallies[i].stop = incumbent.verdict(torch.cat(tallies[i].losses).numpy())
+        return tallies
 
-    def evaluate_many(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
-        """Quality on the search split and every cost; seconds are an equal share of the time."""
+    def evaluate_many(
+        self, candidates: Sequence[Candidate], incumbents: Sequence[Incumbent | None] = ()
+    ) -> list[Evaluation]:
+        """Quality on the search split and every cost; seconds are an equal share of the time.
+
+        Args:
+            candidates: to evaluate.
+            incumbents: for each, the known candidate that it is given up for as soon as that one
+                is sure to be better; None, or no incumbents at all: evaluated to the end.
+        """
         started = time.perf_counter()
-        measured = self.measure_many(candidates)
+        tallies = self._tallies(candidates, "search", incumbents)
         seconds = (time.perf_counter() - started) / max(1, len(candidates))
         return [
-            Evaluation(
+            replace(
+                self._evaluation(candidate, tally),
+                costs={n: c.cost(self.traced.graph, candidate) for n, c in self.costs.items()},
+                seconds=seconds,
+            )
+            for candidate, tally in zip(candidates, tallies, strict=True)
+        ]
+
+    def _evaluation(self, candidate: Candidate, tally: Tally) -> Evaluation:
+        """What the search split says, without costs."""
+        judge, stop = self.judge("search"), tally.stop
+        if stop is None:
+            m = judge.conclude(tally)
+            return Evaluation(
                 candidate=candidate,
                 loss=m.loss,
                 loss_stderr=m.loss_stderr,
                 metric=m.metric,
                 agreement=m.agreement,
-                costs={n: c.cost(self.traced.graph, candidate) for n, c in self.costs.items()},
-                seconds=seconds,
+                costs={},
+                sample_losses=torch.cat(tally.losses).numpy().astype(np.float32),
             )
-            for candidate, m in zip(candidates, measured, strict=True)
-        ]
+        n_left = judge.split.n_samples - stop.n_samples
+        notes = {SAMPLES: float(stop.n_samples), SAMPLES_LEFT: float(n_left)}
+        if math.isfinite(stop.estimate):
+            notes[ESTIMATE] = stop.estimate
+        return Evaluation(candidate, stop.bound, None, {}, pruned=True, notes=notes)
 
     def _sort_key(self, candidate: Candidate) -> tuple[str, ...]:
         """Candidates that begin alike come together."""

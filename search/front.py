@@ -12,7 +12,7 @@ from quant_ops.errors import NothingFeasibleError, VerificationError
 from search.atomic import write_text
 from search.budget import Budgets, format_size, parse_size
 from search.dominance import REFERENCE_POINT, HypervolumeScale, non_dominated
-from search.evaluation import Evaluation, within
+from search.evaluation import Evaluation, share_saved, within
 
 FORMAT, VERSION = "bitfront-front", 1
 BASELINES = ("uniform", "rate-distortion")
@@ -52,6 +52,8 @@ class ParetoFront:
         points: the front; losses fall strictly as sizes grow.
         baselines: uniform and rate-distortion evaluations, each strategy's own front.
         n_evaluations: complete and pruned ones behind it.
+        n_stopped: the pruned ones: given up early.
+        saved: share of the evaluations' forward passes that this saved.
         seconds: wall time of the search.
         mean_weight_bits, test, packed: by trial, of points and baselines; test metrics appear
             when they are read, packed files (relative paths) when they are written.
@@ -61,6 +63,8 @@ class ParetoFront:
     points: tuple[Evaluation, ...]
     baselines: tuple[Evaluation, ...] = ()
     n_evaluations: int = 0
+    n_stopped: int = 0
+    saved: float = 0.0
     seconds: float = 0.0
     mean_weight_bits: Mapping[int, float] = field(default_factory=dict)
     test: Mapping[int, float] = field(default_factory=dict)
@@ -96,7 +100,14 @@ class ParetoFront:
                 mean_bits[e.trial] = e.candidate.mean_weight_bits(weights_per_channel)
             elif "mean_weight_bits" in e.notes:
                 mean_bits[e.trial] = e.notes["mean_weight_bits"]
-        return cls(info, tuple(points), tuple(baselines), len(evaluations), seconds, mean_bits)
+        front = cls(
+            info,
+            tuple(points),
+            tuple(baselines),
+            seconds=seconds,
+            mean_weight_bits=mean_bits,
+        )
+        return front.counting(evaluations)
 
     @property
     def hypervolume(self) -> float:
@@ -156,6 +167,15 @@ class ParetoFront:
             f"{format_size(self.points[0].size_bytes)} to {format_size(self.points[-1].size_bytes)}"
         )
 
+    def counting(self, evaluations: Sequence[Evaluation]) -> "ParetoFront":
+        """With the numbers of these evaluations: those behind it."""
+        return replace(
+            self,
+            n_evaluations=len(evaluations),
+            n_stopped=sum(e.pruned for e in evaluations),
+            saved=share_saved(evaluations),
+        )
+
     def with_packed(self, packed: Mapping[int, str]) -> "ParetoFront":
         """With paths of packed files, relative to the run's folder, by trial."""
         return replace(self, packed={**self.packed, **packed})
@@ -194,6 +214,7 @@ class ParetoFront:
                 },
             },
             "n_evaluations": self.n_evaluations,
+            "early_stop": {"stopped": self.n_stopped, "saved": self.saved},
             "seconds": self.seconds,
             "points": [self._point_to_json(e) for e in self.points],
             "baselines": [self._point_to_json(e) for e in self.baselines],
@@ -215,15 +236,18 @@ class ParetoFront:
             )
         try:
             rows = [*value["points"], *value["baselines"]]
+            early = value.get("early_stop", {"stopped": 0, "saved": 0.0})
             return cls(
                 _info_from_json(value),
                 tuple(map(_point_from_json, value["points"])),
                 tuple(map(_point_from_json, value["baselines"])),
-                value["n_evaluations"],
-                value["seconds"],
-                _by_trial(rows, "mean_weight_bits"),
-                _by_trial(rows, "test"),
-                _by_trial(rows, "packed"),
+                n_evaluations=value["n_evaluations"],
+                n_stopped=early["stopped"],
+                saved=early["saved"],
+                seconds=value["seconds"],
+                mean_weight_bits=_by_trial(rows, "mean_weight_bits"),
+                test=_by_trial(rows, "test"),
+                packed=_by_trial(rows, "packed"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise VerificationError(f"the front is not whole: {error!r} is missing") from error

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from quant_ops.errors import UsageError
 from search.data import Split
+from search.early_stop import Stop
 from search.quality import QualityLoss, agreement
 from search.task import Metric
 
@@ -30,12 +31,13 @@ class Measurement:
 
 @dataclass(slots=True)
 class Tally:
-    """What was seen of one network so far, a tensor per batch."""
+    """What was seen of one network so far, a tensor per batch; where it was given up, if it was."""
 
     losses: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     same: list[Tensor] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
+    stop: Stop | None = None
 
 
 class Judge:

@@ -32,7 +32,7 @@ class ConsoleListener(Listener):
         self._time_limit_s = time_limit_s
         self._bar: TaskID | None = None
         self._started = time.monotonic()
-        self._n_new = self._n_all = 0
+        self._n_new = self._n_all = self._n_stopped = 0
         self._best: Evaluation | None = None
         self._budget = float("inf")
 
@@ -75,12 +75,17 @@ class ConsoleListener(Listener):
             self._started = time.monotonic()
         self._n_all += 1
         self._n_new += not known
-        if self._best is None or evaluation.loss < self._best.loss:
+        self._n_stopped += evaluation.pruned
+        if not evaluation.pruned and (self._best is None or evaluation.loss < self._best.loss):
             self._best = evaluation
         elapsed = max(time.monotonic() - self._started, 1e-9)
         rate = self._n_new / elapsed
-        best = self._best
-        status = f"best loss {best.loss:.4g} at {format_size(best.size_bytes)}  {rate:.1f}/s"
+        status = f"{rate:.1f}/s"
+        if self._best is not None:
+            best = f"best loss {self._best.loss:.4g} at {format_size(self._best.size_bytes)}"
+            status = f"{best}  {status}"
+        if self._n_stopped:
+            status += f"  {self._n_stopped} stopped early"
         left = self._seconds_left(elapsed, rate)
         if left is not None:
             status += f"  {format_duration(left)} left"

@@ -33,6 +33,7 @@ def front_to_dict(front: ParetoFront) -> dict[str, Any]:
         "float": {"validation": info.float_validation, "size_bytes": info.float_size_bytes},
         "hypervolume": front.hypervolume,
         "n_evaluations": front.n_evaluations,
+        "early_stop": {"stopped": front.n_stopped, "saved": front.saved},
         "seconds": front.seconds,
         "points": [point_row(front, e) for e in front.points],
         "baselines": [point_row(front, e) for e in front.baselines],
@@ -57,8 +58,14 @@ def print_front(front: ParetoFront, console: Console) -> None:
     console.print(front_table(front))
     if info.budgets.sizes:
         console.print(budget_table(front))
+    stopped = ""
+    if front.n_stopped:
+        stopped = (
+            f" ({front.n_stopped:,} stopped early, {100 * front.saved:.0f} % of the forward "
+            f"passes saved)"
+        )
     console.print(
-        f"hypervolume {front.hypervolume:.4f}, {front.n_evaluations:,} evaluations in "
+        f"hypervolume {front.hypervolume:.4f}, {front.n_evaluations:,} evaluations{stopped} in "
         f"{front.seconds:.0f} s; intervals are 95 %",
         style="dim",
     )

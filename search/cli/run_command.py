@@ -121,6 +121,9 @@ def run(
     objective: ObjectiveOption = "loss",
     distortion: DistortionOption = "exact",
     recover: RecoverOption = "none",
+    early_stop: Annotated[
+        bool, typer.Option(help="Give up candidates that are sure to be worse than a known one.")
+    ] = True,
     search_samples: Annotated[
         int, typer.Option(min=1, help="Validation samples that judge a candidate.")
     ] = SEARCH_SAMPLES,
@@ -189,6 +192,7 @@ def run(
         distortion=_one_of(distortion, ("exact", *MEASURES), "--distortion"),
         objective=_one_of(objective, ("loss", "metric"), "--objective"),
         recover=_one_of(recover, ("none", "fast", "full"), "--recover"),
+        early_stop=early_stop,
         search_samples=search_samples,
         probe_samples=probe_samples,
         storage=storage,

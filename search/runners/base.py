@@ -2,19 +2,24 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from quant_ops.candidate import Candidate
+from search.early_stop import Incumbent
 from search.evaluation import Evaluation
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One candidate to measure: in full, or (probe) its loss on the probe split alone."""
+    """One candidate to measure: in full, or (probe) its loss on the probe split alone.
+
+    An evaluation is given up as soon as the incumbent, if there is one, is sure to be better.
+    """
 
     candidate: Candidate
     kind: Literal["evaluate", "probe"] = "evaluate"
+    incumbent: Incumbent | None = field(default=None, compare=False, repr=False)
 
 
 class Runner(ABC):

@@ -41,7 +41,7 @@ def measure_jobs(evaluator: Evaluator, jobs: Sequence[Job]) -> list[Evaluation |
         measured = evaluator.measure_many([jobs[i].candidate for i in probes], "probe")
         results.update({i: m.loss for i, m in zip(probes, measured, strict=True)})
     if rest:
-        results.update(
-            zip(rest, evaluator.evaluate_many([jobs[i].candidate for i in rest]), strict=True)
-        )
+        incumbents = [jobs[i].incumbent for i in rest]
+        evaluated = evaluator.evaluate_many([jobs[i].candidate for i in rest], incumbents)
+        results.update(zip(rest, evaluated, strict=True))
     return [results[i] for i in range(len(jobs))]

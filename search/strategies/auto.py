@@ -99,7 +99,7 @@ class Share:
     def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
         evaluations = self._context.evaluate(candidates)
         for evaluation in evaluations:
-            self._memory.results.setdefault(evaluation.candidate, evaluation)
+            self._memory.results[evaluation.candidate] = evaluation
         if self._left is not None:
             self._left -= 1
         return evaluations

@@ -65,7 +65,8 @@ def fitted_weights(
     """(groups,): factors on the groups' losses that explain the measured losses near a size.
 
     Non-negative least squares on relative errors, evaluations weighted by their distance in
-    log2(size), held by a ridge at the median ratio of measured to predicted.
+    log2(size), held by a ridge at the median ratio of measured to predicted. A stopped evaluation
+    counts at its estimate: its bound would make bad candidates look better than they are.
     """
     used = [e for e in evaluations if np.isfinite(e.loss) and e.loss > 0 and not e.recipe]
     rows = np.array([table.loss_by_group(space.encode(e.candidate)) for e in used])
@@ -73,7 +74,7 @@ def fitted_weights(
         return np.ones(int(table.group_of.max()) + 1)
     keep = rows.sum(axis=1) > 0
     rows = rows[keep]
-    losses = np.array([e.loss for e in used])[keep]
+    losses = np.array([e.estimated_loss for e in used])[keep]
     octaves = np.log2(np.array([e.size_bytes for e in used])[keep] / size_bytes)
     nearness = np.exp(-0.5 * (octaves / OCTAVES) ** 2) + 1e-6
     order = np.argsort(losses / rows.sum(axis=1))

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from quant_ops.errors import EnvironmentFault
 from search.config import RunConfig
+from search.early_stop import Incumbent
 from search.prepare import prepare
 from search.record import JOURNAL, Record
 from search.runners.base import Job
@@ -54,14 +56,14 @@ class Faulty:
     def measure_many(self, candidates, split):
         return self._evaluator.measure_many(candidates, split)
 
-    def evaluate_many(self, candidates):
+    def evaluate_many(self, candidates, incumbents):
         met = self._candidate in candidates
         if met and (self._fault == "always" or not self._marker.exists()):
             self._marker.touch()
             if self._fault == "hang":
                 time.sleep(600)
             os.kill(os.getpid(), signal.SIGKILL)
-        return self._evaluator.evaluate_many(candidates)
+        return self._evaluator.evaluate_many(candidates, incumbents)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,19 @@ def cluster(ray, prepared):
     yield make
     for each in clusters:
         each.close()
+
+
+def test_ray_workers_stop_the_same_candidates_at_the_same_bounds(cluster, tiny_tasks):
+    ready = prepare(tiny_tasks.cnn(), RunConfig(threads=1))
+    here = InProcess(ready.evaluator)
+    plain = [Job(ready.space.uniform(b)) for b in (8, 4, 3, 2, 1.6, 1)]
+    (_, best), *_ = here.run(plain)
+    incumbent = Incumbent(best.loss, best.sample_losses)
+    jobs = [replace(job, incumbent=incumbent) for job in plain]
+    wanted = [(e.loss, e.pruned, dict(e.notes)) for _, e in here.run(jobs)]
+    assert {pruned for _, pruned, _ in wanted} == {True, False}
+    found = dict(cluster(ready.spec).run(jobs))
+    assert [(found[i].loss, found[i].pruned, dict(found[i].notes)) for i in range(6)] == wanted
 
 
 def results_in_order(runner, jobs):
