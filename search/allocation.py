@@ -53,9 +53,7 @@ def allocate(
     if not losses:
         return () if all(limit >= 0 for limit in limits.values()) else None
     losses = finite_losses(losses)
-    kept = [
-        _undominated(loss, [costs[name][g] for name in limits]) for g, loss in enumerate(losses)
-    ]
+    kept = [undominated(loss, [costs[name][g] for name in limits]) for g, loss in enumerate(losses)]
     if len(limits) == 1:
         name = next(iter(limits))
         near = _near_optimal(
@@ -132,7 +130,7 @@ def _gain(sizes: NDArray[np.float64], losses: NDArray[np.float64], narrow: int, 
     return float((losses[narrow] - losses[wide]) / (sizes[wide] - sizes[narrow]))
 
 
-def _undominated(
+def undominated(
     loss: NDArray[np.float64], costs: Sequence[NDArray[np.float64]]
 ) -> NDArray[np.intp]:
     """Positions of the choices that no other one equals or beats in loss and every cost."""

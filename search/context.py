@@ -26,6 +26,7 @@ from search.space import SearchSpace
 from search.strategy import ChannelLosses, SearchOver
 
 EDGE_PREFIX = "edge:"
+PROBES = "probes.jsonl"
 # Proposals depend on the size of a batch: up to two workers propose what one process does.
 BATCH_SIZE = 8
 JOBS_PER_WORKER = 4
@@ -41,7 +42,7 @@ class Limits:
 
 
 class ProbeLog:
-    """Losses of single-layer changes, one JSON line each, kept in the run's folder."""
+    """Losses of changes of one or two layers, one JSON line each, kept in the run's folder."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -131,7 +132,7 @@ class RunContext:
         self._early_stop = early_stop
         self._incumbents = Incumbents(("size_bytes", *(n for n in budgets if n != "size_bytes")))
         self._n_used = 0
-        self._probes = ProbeLog(folder / "probes.jsonl")
+        self._probes = ProbeLog(folder / PROBES)
 
     def begin(self, strategy: str, limits: Limits) -> None:
         """Enter the share of one strategy."""

@@ -256,7 +256,12 @@ def _require_strategies(config: RunConfig) -> None:
     settings = _settings_of(config)
     recovery_settings(config)
     for name in {*config.strategies, *settings} - {RECOVERY}:
-        make_strategy(name, settings.get(name))
+        strategy = make_strategy(name, settings.get(name))
+        if getattr(strategy.settings, "pairs", False) and config.distortion != "exact":
+            raise UsageError(
+                f"{name}.pairs=true needs --distortion exact, got {config.distortion}: gradients "
+                f"predict single layers only"
+            )
 
 
 def _settings_of(config: RunConfig) -> dict[str, dict[str, str]]:

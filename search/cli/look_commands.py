@@ -34,7 +34,8 @@ def report(
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """The front, what recovery gained, and with --test the test split, which nothing else reads."""
+    """The front, what recovery gained, how good predictions were; --test reads the test split."""
+    from search.prediction import prediction_report
     from search.recovery_run import recoveries
     from search.recovery_tables import print_recoveries, recovery_to_dict
     from search.report import read_test_split
@@ -42,13 +43,17 @@ def report(
     from search.tables import front_to_dict, print_front, stdout_console
 
     front = read_test_split(run, data=data) if test else read_front(run)
-    found = recoveries(run, front)
+    found, prediction = recoveries(run, front), prediction_report(run)
     if as_json:
         recovered = [recovery_to_dict(e, steps) for e, steps in found]
-        print(json.dumps({**front_to_dict(front), "recovery": recovered}, indent=1))
+        predicted = None if prediction is None else prediction.to_json()
+        facts = {"recovery": recovered, "prediction": predicted}
+        print(json.dumps({**front_to_dict(front), **facts}, indent=1))
     else:
         print_front(front, stdout_console())
         print_recoveries(found, stdout_console())
+        for line in () if prediction is None else prediction.lines():
+            stdout_console().print(line, style="dim", highlight=False, soft_wrap=True)
     return 0
 
 

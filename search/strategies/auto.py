@@ -1,7 +1,7 @@
 """The default: baselines, then the rate-distortion front, then samplers where it is weakest."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +38,11 @@ class Auto(Strategy):
 
         Attributes:
             points: sizes at which the integer program is solved.
+            pairs: as of rate-distortion.
         """
 
         points: int = 24
+        pairs: bool = False
 
     settings: Settings
 
@@ -48,7 +50,7 @@ class Auto(Strategy):
         memory = Memory()
         by_channel = any(choice.groups for choice in context.space.layers)
         for name in OPENING + BY_CHANNEL * by_channel:
-            settings = {"points": self.settings.points} if name == "rate-distortion" else {}
+            settings = asdict(self.settings) if name == "rate-distortion" else {}
             make_strategy(name, settings).run(Share(context, memory, context.seed, name))
         number = 0
         while not context.should_stop():

@@ -8,6 +8,7 @@ from quant_ops.candidate import Candidate, unique
 from search.allocation import allocate, sweep
 from search.evaluation import within
 from search.strategies.distortion import DistortionTable, measure_table
+from search.strategies.pairs import BlockTable, with_pairs
 from search.strategies.uniform import evaluate_in_batches
 from search.strategy import Context, Strategy, Traits
 
@@ -19,7 +20,7 @@ class RateDistortion(Strategy):
 
     The table is measured with one layer quantized at a time; the program is solved at the
     budgets and at sizes evenly spread in log2 below. Widths are per layer: channel groups of one
-    layer get the same one.
+    layer get the same one. Losses of pairs inside a block can correct the sum [Li2021].
     """
 
     name = "rate-distortion"
@@ -34,20 +35,23 @@ class RateDistortion(Strategy):
 
         Attributes:
             points: sizes between the smallest sensible one and the loosest budget.
+            pairs: measure what pairs of layers inside a block lose together, too.
         """
 
         points: int = 24
+        pairs: bool = False
 
     settings: Settings
 
     def run(self, context: Context) -> None:
         table = measure_table(context)
-        evaluate_in_batches(context, front_candidates(context, table, self.settings.points))
+        program = Program(context, with_pairs(context, table) if self.settings.pairs else table)
+        evaluate_in_batches(context, front_candidates(program, table, self.settings.points))
 
 
-def front_candidates(context: Context, table: DistortionTable, points: int) -> list[Candidate]:
+def front_candidates(program: "Program", table: DistortionTable, points: int) -> list[Candidate]:
     """The program's answers: at every size asked for, then at `points`, coarse ones first."""
-    program = Program(context, table)
+    context = program.context
     smallest, largest = size_range(context, table)
     sizes = np.geomspace(smallest, largest, max(points, 2))
     asked = [float(size) for size in reversed(context.sizes)] or [largest]
@@ -64,7 +68,7 @@ class Program:
     linearisation and the exact cost decides.
     """
 
-    def __init__(self, context: Context, table: DistortionTable) -> None:
+    def __init__(self, context: Context, table: DistortionTable | BlockTable) -> None:
         self.context = context
         self.table = table
         # a cost that no single change moves (peak memory, say) can only be checked afterwards
