@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -145,7 +146,7 @@ class LearnedWidths(nn.Module, ABC):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantized weights (out, n), of the type of `weight`."""
-        with torch.autocast(weight.device.type, enabled=False):
+        with in_float32(weight):
             x = weight.float()
             if self.training and not self._is_frozen:
                 return self.soft(x).to(weight.dtype)
@@ -206,6 +207,18 @@ class LearnedWidths(nn.Module, ABC):
     def n_groups(self) -> int:
         """Number of groups of channels."""
         return int(self.chosen.numel())
+
+
+def in_float32(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast on the device of `x`."""
+    device = x.device.type
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
+def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
+    """Exactly `value`, with the gradient of `surrogate`."""
+    return value.detach() + (surrogate - surrogate.detach())
 
 
 def nearest(values: Tensor, choices: Tensor) -> Tensor:

@@ -28,13 +28,13 @@ class BayesianBitsSettings(WidthSettings):
     """
 
     freeze: float = 0.75
-    phi: float = 6.0
+    phi: float = 2.0
     prior: float = 0.0
     cost_share: float = 1.0
 
 
 class BayesianBits(ResidualWidths):
-    """z_2 (x_2 + z_4 (e_4 + z_8 e_8)), x clipped to a learned range [vanBaalen2020].
+    """z_2 (x_2 + z_4 (e_4 + z_8 e_8)), x clipped to a learned range [VanBaalen2020].
 
     From the paper: s_2 = 2 B / 3 and s_2b = s_b / (2^b + 1), so that every residual nests in the
     grid before it; gates and their probabilities; a gate z_2 that prunes; the prior as `penalty`,

@@ -18,12 +18,15 @@ class ControllerSettings:
         first: multiplier at the start: what a file larger by the target's size costs, in loss.
         integral: change of the multiplier's logarithm per unit of error and whole training.
         proportional: change of its logarithm per unit of error.
+        lead: share of the training by which the error is foreseen, from how it changes: widths
+            follow the multiplier late, and without foresight it would grow far too large.
     """
 
     by: float = 0.6
     first: float = 0.01
-    integral: float = 60.0
-    proportional: float = 4.0
+    integral: float = 100.0
+    proportional: float = 2.0
+    lead: float = 0.05
 
 
 class SizeController(nn.Module):
@@ -41,6 +44,7 @@ class SizeController(nn.Module):
     log_multiplier: Tensor
     last_share: Tensor
     first_bytes: Tensor
+    slow_error: Tensor
 
     def __init__(self, target_bytes: float, settings: ControllerSettings | None = None) -> None:
         super().__init__()
@@ -51,6 +55,7 @@ class SizeController(nn.Module):
         self.register_buffer("log_multiplier", torch.tensor(math.log(self.settings.first)))
         self.register_buffer("last_share", torch.zeros(()))
         self.register_buffer("first_bytes", torch.zeros(()))
+        self.register_buffer("slow_error", torch.zeros(()))
 
     def forward(self, expected_bytes: Tensor, share: float) -> Tensor:
         """The term to add to the loss, (): multiplier x size / target. Moves the multiplier.
@@ -63,9 +68,13 @@ class SizeController(nn.Module):
         if self.training:
             self.first_bytes.copy_(torch.where(self.first_bytes > 0, self.first_bytes, size))
         error = (size.clamp_min(1e-9) / self.wanted(share)).log()
+        step = (share - self.last_share).clamp_min(0)
+        if self.training and self.settings.lead > 0:
+            part = 1 - torch.exp(-step / self.settings.lead)
+            self.slow_error.add_(part * (error - self.slow_error))
+            error = 2 * error - self.slow_error
         error = error.clamp(-_LARGEST_ERROR, _LARGEST_ERROR)
         if self.training:
-            step = (share - self.last_share).clamp_min(0)
             self.log_multiplier.add_(self.settings.integral * step * error)
             self.last_share.fill_(share)
         multiplier = (self.log_multiplier + self.settings.proportional * error).exp()

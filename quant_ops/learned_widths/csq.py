@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_ops.bit_widths import TERNARY
-from quant_ops.learned_widths.base import WidthSettings, bounded
+from quant_ops.learned_widths.base import WidthSettings, bounded, straight_through
 from quant_ops.learned_widths.residual import ResidualWidths
 
 GATES = ("sigmoid", "l1")
@@ -23,14 +23,12 @@ class CSQSettings(WidthSettings):
             rounded in the forward pass and made small by its absolute value (BSQ).
         first_sharpness: factor inside the sigmoid when training starts.
         last_sharpness: when it ends; in between geometric.
-        logit: sigmoid gates start at plus (open) or minus this.
         price: factor of the mean of the gates in `penalty`.
     """
 
     gate: str = "sigmoid"
-    first_sharpness: float = 1.0
-    last_sharpness: float = 200.0
-    logit: float = 3.0
+    first_sharpness: float = 3.0
+    last_sharpness: float = 40.0
     price: float = 0.0
 
     def __post_init__(self) -> None:
@@ -52,7 +50,8 @@ class CSQ(ResidualWidths):
     Planes are kept from the top: a plane counts as much as the least open gate above it, so that
     the width is what a file stores. n planes are n + 1 bits; the first is ternary, stored as 1.6
     where that is legal; planes between two legal widths share a gate. Bits are in groups of
-    channels, not per layer. [reconstructed] Starting values, and the end of the sharpness.
+    channels, not per layer. [reconstructed] Sigmoid gates start at m = 1 (open) or -1 and stay
+    between: one that runs off to where its sigmoid is flat would never come back.
     """
 
     Settings = CSQSettings
@@ -84,14 +83,14 @@ class CSQ(ResidualWidths):
     def start_gates(self) -> None:
         """Gate parameters (groups, parts)."""
         is_open = self.open_parts()
-        sigmoid = self.settings.gate == "sigmoid"
-        self.gate = nn.Parameter((2 * is_open - 1) * self.settings.logit if sigmoid else is_open)
+        self.gate = nn.Parameter(2 * is_open - 1 if self.settings.gate == "sigmoid" else is_open)
 
     def gates(self) -> Tensor:
         """(groups, parts) between 0 and 1; the first is 1 where 0 is not legal."""
         if self.settings.gate == "sigmoid":
             first, last = self.settings.first_sharpness, self.settings.last_sharpness
-            value = torch.sigmoid(first * (last / first) ** self.share * self.gate)
+            sharpness = first * (last / first) ** self.share
+            value = torch.sigmoid(sharpness * bounded(self.gate, -1.0, 1.0))
         else:
             value = bounded(self.gate, 0.0, 1.0)
         if self.first:
@@ -102,7 +101,7 @@ class CSQ(ResidualWidths):
         """The gates of the planes that count, rounded straight through for l1."""
         kept = self.kept()
         if self.settings.gate == "l1":
-            return kept + (kept.round() - kept).detach()
+            return straight_through(kept.round(), kept)
         return kept
 
     def kept(self) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_ops.learned_widths import gates
-from quant_ops.learned_widths.base import LearnedWidths, WidthSettings, nearest
+from quant_ops.learned_widths.base import LearnedWidths, WidthSettings, nearest, straight_through
 
 RANGES = ("channel", "layer")
 NOISES = ("uniform", "gaussian")
@@ -82,7 +82,7 @@ class DiffQ(LearnedWidths):
         step = self._range(weight.detach()) / n_steps.clamp_min(1)
         code = torch.round((weight.detach() / step) + n_steps / 2).clamp_min(0)
         level = (torch.minimum(code, n_steps) - n_steps / 2) * step
-        return torch.where(widths[:, None] > 0, weight + (level - weight).detach(), 0.0)
+        return torch.where(widths[:, None] > 0, straight_through(level, weight), 0.0)
 
     def expected_bits(self) -> Tensor:
         """P(present) x width."""

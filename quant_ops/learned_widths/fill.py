@@ -14,6 +14,8 @@ from quant_ops.graph import Graph
 from quant_ops.learned_widths.size import with_widths
 from quant_ops.storage import BIAS_BYTES, kept_weights, plan_storage
 
+_ASIDE_BYTES = 8  # that a step can save beside its codes: the base of a width that goes, rounding
+
 SizeOf: TypeAlias = Callable[[Candidate], int]
 
 
@@ -171,16 +173,29 @@ class _Filling:
             else:
                 high = middle
         size = size_of(taken(low))
-        for step in above[low:]:
-            # whole bytes: a step can cost one byte less than its codes alone
-            if self.at[step.layer, step.group] != step.at or step.n_bytes > budget_bytes - size + 1:
+        left, n_before = above[low:], -1
+        while len(left) != n_before:  # what a width map costs can fall, and let another step in
+            n_before = len(left)
+            left, size = self._fit(left, size, budget_bytes, size_of)
+
+    def _fit(
+        self, steps: Sequence[_Step], size: int, budget_bytes: int, size_of: SizeOf
+    ) -> tuple[list[_Step], int]:
+        """Take the steps that fit one by one; those that are left, and the size."""
+        left = []
+        for step in steps:
+            key = step.layer, step.group
+            if self.at[key] != step.at or step.n_bytes > budget_bytes - size + _ASIDE_BYTES:
+                left.append(step)
                 continue
-            self.at[step.layer, step.group] += 1
+            self.at[key] += 1
             tried = size_of(self.candidate())
             if tried <= budget_bytes:
                 size = tried
             else:
-                self.at[step.layer, step.group] -= 1
+                self.at[key] -= 1
+                left.append(step)
+        return left, size
 
     def candidate(self) -> Candidate:
         """The widths as they are now."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from quant_ops.learned_widths.base import straight_through
 from quant_ops.quantized import code_range
 from quant_ops.quantizers import effective_scheme, levels_of, squared_errors
 from quant_ops.ranges import weight_scales
@@ -72,7 +73,7 @@ def fake_quantize_rows(
     inside = torch.minimum(torch.maximum(ratio, low), high + 2 * offset)
     codes = (ratio.detach() - offset).round()
     levels = torch.minimum(torch.maximum(codes, low), high) + offset
-    return (inside + (levels - inside).detach()) * step
+    return straight_through(levels, inside) * step
 
 
 def best_grid(

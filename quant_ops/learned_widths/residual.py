@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from quant_ops.learned_widths.base import LearnedWidths
+from quant_ops.learned_widths.base import LearnedWidths, straight_through
 from quant_ops.learned_widths.grids import best_grid
 
 
@@ -82,7 +82,7 @@ class ResidualWidths(LearnedWidths):
             step = step / ratio
             digit = x / step
             code = digit.detach().round().clamp(-limit, limit)
-            part = (digit + (code - digit).detach()) * step
+            part = straight_through(code, digit) * step
             out.append(part)
             x = x - part
         return out

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from quant_ops.learned_widths.base import LearnedWidths, bounded, nearest
+from quant_ops.learned_widths.base import LearnedWidths, bounded, nearest, straight_through
 from quant_ops.learned_widths.grids import best_grid
 from quant_ops.quantized import code_range
 from quant_ops.quantizers import effective_scheme
 
 
 class SelfCompressing(LearnedWidths):
-    """2^e round(clamp(2^-e w, -2^(b-1), 2^(b-1) - 1)), b and e learned [Cseti2023].
+    """2^e round(clamp(2^-e w, -2^(b-1), 2^(b-1) - 1)), b and e learned [Csefalvay2023].
 
     From the paper: the formula, b >= 0 with 0 removing the channel, straight-through rounding,
     the mean of b as what is made small.
@@ -67,11 +67,12 @@ class SelfCompressing(LearnedWidths):
         index = nearest(widths, self.choice_values)
         low, high, offset = (x[index][:, None] for x in (self.low, self.high, self.offset))
         step = torch.exp2(self.exponent)[:, None]
-        inside = torch.minimum(torch.maximum(weight / step, low - moved),
-                               high + 2 * offset + moved)  # fmt: skip
+        ratio, top = weight / step, high + 2 * offset
+        # not minimum and maximum: where both limits are 0, a tie would split the gradient
+        inside = torch.where(ratio > top, top + moved, torch.where(ratio < low, low - moved, ratio))
         codes = (weight.detach() / step.detach() - offset).round()
         levels = torch.minimum(torch.maximum(codes, low), high) + offset
-        return (inside + (levels - inside).detach()) * step
+        return straight_through(levels, inside) * step
 
     def _width(self) -> Tensor:
         return bounded(self.width, self.choices[0], self.choices[-1])

@@ -1,6 +1,7 @@
 """What every method of learning widths has to do."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -150,6 +151,7 @@ def test_no_tensor_stays_behind_on_another_device(name, weight):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", METHODS)
 def test_runs_on_a_gpu(name, weight):
     module = make(name, weight).to("cuda")
@@ -183,7 +185,7 @@ def test_with_the_size_alone_widths_fall_to_the_narrowest(name, legal, weight):
         module.progress(0.7 * step / steps)
         means.append(float(mean.detach()))
     tolerance = 0.02 if name != "dqa" else 0.3  # colder attention weighs two choices otherwise
-    assert all(b <= a + tolerance for a, b in zip(means, means[1:], strict=False))
+    assert all(b <= a + tolerance for a, b in pairwise(means))
     assert means[-1] < means[0]
     assert means[-1] == pytest.approx(module.choices[0], abs=0.5)
     module.progress(1.0)
