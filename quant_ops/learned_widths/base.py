@@ -150,7 +150,11 @@ class LearnedWidths(nn.Module, ABC):
             x = weight.float()
             if self.training and not self._is_frozen:
                 return self.soft(x).to(weight.dtype)
-            return self.hard(x, self._widths()[self.group_of]).to(weight.dtype)
+            out = self.hard(x, self._widths()[self.group_of])
+            if self.training:
+                # DistributedDataParallel waits for a gradient of every parameter
+                out = out + 0 * torch.stack([p.sum() for p in self.parameters()]).sum()
+            return out.to(weight.dtype)
 
     def mean_bits(self) -> Tensor:
         """Expected stored bits per weight of each channel (out,), 0 where it is removed."""

@@ -28,7 +28,7 @@ class DQASettings(WidthSettings):
 
 
 class DQA(LearnedWidths):
-    """sum_k a_k Q_k(w), a = softmax(alpha / std(alpha) / T) [Huang2021].
+    """sum_k a_k Q_k(w), a = softmax(alpha / std(alpha) / T) [BoukliHacene2021].
 
     From the paper: quantizers of 2, 4 and 8 bits, one learned vector of attention, divided by its
     standard deviation, a temperature from 100 down to 0.03, the penalty with weights 1, 4, 16.

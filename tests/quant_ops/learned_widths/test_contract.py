@@ -17,6 +17,7 @@ LEARNERS = [name for name in METHODS if learned_widths_class(name).learns]
 
 @pytest.fixture
 def weight():
+    torch.manual_seed(0)
     return torch.randn(6, 20, generator=torch.Generator().manual_seed(0)) * 0.3
 
 
@@ -66,6 +67,15 @@ class TestShapes:
         loss.backward()
         assert weight.grad.abs().sum() > 0
         assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+    @pytest.mark.parametrize("share", [0.0, 1.0])
+    def test_the_forward_pass_alone_reaches_every_parameter(
+        self, name, legal, group, n_groups, weight, share
+    ):
+        module = make(name, weight, legal, group)
+        module.progress(share)
+        module(weight).square().sum().backward()
+        assert all(p.grad is not None for p in module.parameters())
 
     def test_frozen_widths_are_the_expected_ones(self, name, legal, group, n_groups, weight):
         module = make(name, weight, legal, group)

@@ -55,8 +55,8 @@ def test_the_term_is_the_multiplier_times_the_relative_size():
     term = controller(size, 1.0)
     term.backward()
     # proportional part alone: the state stands still in eval mode
-    assert float(term) == pytest.approx(0.01 * 1.1**2.0 * 1.1, rel=1e-4)
-    assert float(size.grad) == pytest.approx(float(term) / 110)
+    assert term.item() == pytest.approx(0.01 * 1.1**2.0 * 1.1, rel=1e-4)
+    assert float(size.grad) == pytest.approx(term.item() / 110)
     assert float(controller.log_multiplier) == pytest.approx(math.log(0.01))
 
 
