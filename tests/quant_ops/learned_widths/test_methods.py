@@ -189,7 +189,7 @@ def test_dqa_temperature_falls_geometrically_and_sharpens_the_attention(weight):
 def test_dqa_penalty_weighs_the_choices_by_powers_of_four(weight):
     module = DQA.of(weight, legal=(0, 2, 4, 8), settings=DQASettings(price=2.0))
     a = module.attention()[0]
-    assert float(module.penalty()) == pytest.approx(2 * float(a[1] + 4 * a[2] + 16 * a[3]))
+    assert module.penalty().item() == pytest.approx(2 * (a[1] + 4 * a[2] + 16 * a[3]).item())
 
 
 # Bayesian Bits
@@ -215,7 +215,7 @@ def test_bayesian_bits_expects_the_closed_form(weight):
     stored = 2 * q2 * (1 - q4) + 4 * q2 * q4 * (1 - q8) + 8 * q2 * q4 * q8
     assert module.mean_bits().tolist() == pytest.approx([stored] * 4)
     prior = 2 * q2 + 4 * q2 * q4 + 8 * q2 * q4 * q8
-    assert float(module.penalty()) == pytest.approx(0.5 * prior)
+    assert module.penalty().item() == pytest.approx(0.5 * prior)
 
 
 def test_bayesian_bits_multiplies_its_gates(weight, upstream):
@@ -223,7 +223,7 @@ def test_bayesian_bits_multiplies_its_gates(weight, upstream):
     with torch.no_grad():
         module.phi.copy_(torch.tensor([[0.2, 0.1, 0.0]]))
     torch.manual_seed(4)
-    z2, z4, z8 = (float(z) for z in gates.sample(module.phi)[0])
+    z2, z4, z8 = gates.sample(module.phi)[0].tolist()
     x2, e4, e8 = module.terms(weight)
     torch.manual_seed(4)
     assert torch.allclose(module(weight), z2 * (x2 + z4 * (e4 + z8 * e8)), atol=1e-6)
@@ -323,7 +323,7 @@ def test_bsq_gates_are_whole_in_the_forward_pass_and_real_in_the_size(weight):
         module.gate.copy_(torch.tensor([[0.9, 0.4]]))
     assert torch.equal(module(weight), module.terms(weight)[0])
     assert module.mean_bits().tolist() == pytest.approx([3 * 0.9 + 0.4] * 4)
-    assert float(module.penalty()) == pytest.approx(0.1 * 0.65)
+    assert module.penalty().item() == pytest.approx(0.1 * 0.65)
     assert module.bit_widths() == (3,) * 4
 
 
