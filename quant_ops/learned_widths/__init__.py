@@ -1,0 +1,1 @@
+"""Bit widths that gradients move, one small module per method, for a training loop of one's own."""
