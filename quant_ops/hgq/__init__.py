@@ -11,6 +11,7 @@ from quant_ops.hgq.fixed_point import OVERFLOWS, ROUNDINGS, Arithmetic
 from quant_ops.hgq.layers import HGQActivation, HGQConv1d, HGQConv2d, HGQLinear
 from quant_ops.hgq.quantizer import KBIQuantizer, KIFQuantizer, QuantizerSpec
 from quant_ops.hgq.schedule import BudgetController, LogLinearBeta
+from quant_ops.hgq.together import quantize_together
 from quant_ops.hgq.totals import code_bytes, digit_span_ebops, ebops, penalty, trace_ranges
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "digit_span_ebops",
     "ebops",
     "penalty",
+    "quantize_together",
     "trace_ranges",
 ]

@@ -178,7 +178,17 @@ def train_fixed_point(
 
 def through(bits: Tensor) -> Tensor:
     """Rounded, with the gradient of the identity."""
-    return bits + (torch.round(bits) - bits).detach()
+    return cast(Tensor, _Through.apply(bits))  # type: ignore[no-untyped-call]
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bits: Tensor) -> Tensor:
+        return torch.round(bits)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
 class _Trained(torch.autograd.Function):

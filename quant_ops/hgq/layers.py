@@ -88,6 +88,7 @@ class HGQLayer(nn.Module):
         self.ebops = None
         self.tracing = False
         self._shape: tuple[int, ...] = ()
+        self._prepared: tuple[Tensor | None, Tensor | None] = (None, None)
         shapes = {
             "element": tuple(weight.shape),
             "channel": (weight.shape[0],) + (1,) * (weight.dim() - 1),
@@ -104,14 +105,23 @@ class HGQLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, ...) as the float layer takes it."""
         x = self.input_quantizer(x)
-        weight = self.weight_quantizer(self.weight)
-        bias = self.bias
-        if bias is not None and self.bias_quantizer is not None:
-            bias = self.bias_quantizer(bias)
+        weight, bias = self._prepared
+        self._prepared = (None, None)
+        if weight is None:
+            weight = self.weight_quantizer(self.weight)
+        if bias is None and self.bias is not None:
+            bias = self.bias
+            if self.bias_quantizer is not None:
+                bias = self.bias_quantizer(bias)
         self._shape = tuple(x.shape)
         if self.training or self.tracing:
             self.ebops = self._count()
         return self._apply_to(x, weight, bias)
+
+    def prepare(self, values: Tensor, *, is_bias: bool) -> None:
+        """Give the next forward pass its quantized weight or bias; see `quantize_together`."""
+        weight, bias = self._prepared
+        self._prepared = (weight, values) if is_bias else (values, bias)
 
     def quantized_weight(self) -> Tensor:
         """The weight of inference, dyadic numbers, in the layout of the float layer."""
@@ -161,7 +171,7 @@ class HGQLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last EBOPs, which belong to a graph and cannot be copied."""
-        return {**self.__dict__, "ebops": None}
+        return {**self.__dict__, "ebops": None, "_prepared": (None, None)}
 
 
 def _in_inference(quantizer: FixedPointQuantizer, values: Tensor) -> Tensor:
@@ -209,7 +219,8 @@ class HGQLinear(HGQLayer):
         return F.linear(x, weight, bias)
 
     def _multiplications(self, shape: Sequence[int], input_bits: Tensor, widths: Tensor) -> Tensor:
-        return (input_bits * widths).expand(self.weight.shape).sum() * self._positions(shape)
+        per_input = widths.expand(self.weight.shape).sum(0)
+        return (per_input * input_bits).expand(1, len(per_input)).sum() * self._positions(shape)
 
     def _positions(self, shape: Sequence[int]) -> int:
         return math.prod(shape[1:-1])

@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,7 @@ class FixedPointQuantizer(nn.Module):
         is_weight: the data are parameters: WRAP need not wrap, as their range is known.
     """
 
+    learns_total: ClassVar[bool]  # other_bits() are the sum of integer and fraction bits
     integer_bits: Tensor
     signed: Tensor
 
@@ -114,16 +116,16 @@ class FixedPointQuantizer(nn.Module):
         """Digits of a value without its sign, whole, >= 0; differentiable."""
 
     @abstractmethod
-    def raw_bits(self) -> Tensor:
-        """Sum of what is learned, not rounded: the term that gamma is charged on."""
+    def charged_bits(self) -> list[Tensor]:
+        """The learned bits, not rounded, on whose sum gamma is charged."""
 
     @abstractmethod
     def constrain(self) -> None:
         """Bring the learned bits back into their limits."""
 
     @abstractmethod
-    def _other(self) -> tuple[Tensor, bool]:
-        """The second learned tensor, and whether it is the sum of both."""
+    def other_bits(self) -> nn.Parameter:
+        """The learned tensor besides the integer bits: fraction bits, or the sum of both."""
 
     @abstractmethod
     def _needed_integer_bits(self, x: Tensor) -> Tensor:
@@ -142,11 +144,8 @@ class FixedPointQuantizer(nn.Module):
                 self.constrain()
         if self.follows_range and (self.training or self.tracing):
             return self._followed(x)
-        other, is_total = self._other()
         if self.training:
-            return train_fixed_point(
-                x, self.signed, self.integer_bits, other, self.arithmetic, other_is_total=is_total
-            )
+            return self._trained(x)
         integer_bits, fraction_bits = self.whole_bits()
         if self.follows_range and self.is_weight and self._skips_wrap():
             return rounded(x, fraction_bits, self.arithmetic)
@@ -155,15 +154,22 @@ class FixedPointQuantizer(nn.Module):
     def _skips_wrap(self) -> bool:
         return True
 
+    def _trained(self, x: Tensor) -> Tensor:
+        return train_fixed_point(
+            x,
+            self.signed,
+            self.integer_bits,
+            self.other_bits(),
+            self.arithmetic,
+            other_is_total=self.learns_total,
+        )
+
     def _followed(self, x: Tensor) -> Tensor:
         """WRAP while the range is being learned: rounded, not wrapped."""
-        other, is_total = self._other()
-        if is_total:  # what is left for the fraction depends on the range, so that comes first
+        if self.learns_total:  # what is left for the fraction depends on the range: that first
             self._follow(x)
-        y = train_fixed_point(
-            x, self.signed, self.integer_bits, other, self.arithmetic, other_is_total=is_total
-        )
-        if not is_total:
+        y = self._trained(x)
+        if not self.learns_total:
             self._follow(y)
         if not self.training:
             self._follow_sign(y)
@@ -232,6 +238,8 @@ class FixedPointQuantizer(nn.Module):
 class KIFQuantizer(FixedPointQuantizer):
     """Learns integer and fraction bits: for data."""
 
+    learns_total: ClassVar[bool] = False
+
     def __init__(
         self,
         shape: Sequence[int],
@@ -248,9 +256,8 @@ class KIFQuantizer(FixedPointQuantizer):
     def magnitude_bits(self) -> Tensor:
         return torch.relu(through(self.integer_bits) + through(self.fraction_bits))
 
-    def raw_bits(self) -> Tensor:
-        total = self.fraction_bits.sum()
-        return total if self.follows_range else total + self.integer_bits.sum()
+    def charged_bits(self) -> list[Tensor]:
+        return [self.fraction_bits, *([] if self.follows_range else [self.integer_bits])]
 
     def constrain(self) -> None:
         limit = self.most_bits
@@ -258,8 +265,8 @@ class KIFQuantizer(FixedPointQuantizer):
         if not self.follows_range:
             self.integer_bits.clamp_(1 - limit, limit - 1)
 
-    def _other(self) -> tuple[Tensor, bool]:
-        return self.fraction_bits, False
+    def other_bits(self) -> nn.Parameter:
+        return self.fraction_bits
 
     def _needed_integer_bits(self, x: Tensor) -> Tensor:
         needed = torch.ceil(torch.log2(x + torch.exp2(-torch.round(self.fraction_bits))))
@@ -273,6 +280,8 @@ class KIFQuantizer(FixedPointQuantizer):
 
 class KBIQuantizer(FixedPointQuantizer):
     """Learns integer bits and their sum with the fraction bits: for weights."""
+
+    learns_total: ClassVar[bool] = True
 
     def __init__(
         self, shape: Sequence[int], spec: QuantizerSpec = WEIGHTS, *, is_weight: bool = True
@@ -288,14 +297,14 @@ class KBIQuantizer(FixedPointQuantizer):
     def magnitude_bits(self) -> Tensor:
         return through(self.total_bits)
 
-    def raw_bits(self) -> Tensor:
-        return self.total_bits.sum()
+    def charged_bits(self) -> list[Tensor]:
+        return [self.total_bits]
 
     def constrain(self) -> None:
         self.total_bits.clamp_(0, self.most_bits)
 
-    def _other(self) -> tuple[Tensor, bool]:
-        return self.total_bits, True
+    def other_bits(self) -> nn.Parameter:
+        return self.total_bits
 
     def _skips_wrap(self) -> bool:
         return self.arithmetic.rounding == "RND"

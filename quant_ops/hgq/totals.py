@@ -56,7 +56,9 @@ def code_bytes(model: nn.Module) -> Tensor:
     return total
 
 
-def penalty(model: nn.Module, *, beta: float, gamma: float = 1e-8, of: str = "ebops") -> Tensor:
+def penalty(
+    model: nn.Module, *, beta: float | Tensor, gamma: float = 1e-8, of: str = "ebops"
+) -> Tensor:
     """What is added to a task's loss: beta * cost + gamma * sum of the learned bits.
 
     The second term is signed, so that bits without a share in the cost shrink too [Sun2024].
@@ -68,8 +70,8 @@ def penalty(model: nn.Module, *, beta: float, gamma: float = 1e-8, of: str = "eb
         of: "ebops" or "code_bytes".
     """
     cost = {"ebops": ebops, "code_bytes": code_bytes}[of](model)
-    bits = torch.stack([quantizer.raw_bits() for quantizer in quantizers_of(model)]).sum()
-    return beta * cost + gamma * bits
+    bits = [b.reshape(-1) for q in quantizers_of(model) for b in q.charged_bits()]
+    return beta * cost + gamma * torch.cat(bits).sum()
 
 
 @torch.no_grad()
