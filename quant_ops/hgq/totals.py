@@ -69,7 +69,10 @@ def penalty(
         gamma: price of one learned bit.
         of: "ebops" or "code_bytes".
     """
-    cost = {"ebops": ebops, "code_bytes": code_bytes}[of](model)
+    costs = {"ebops": ebops, "code_bytes": code_bytes}
+    if of not in costs:
+        raise ValueError(f"cost {of!r} is not known; charge {' or '.join(costs)}")
+    cost = costs[of](model)
     bits = [b.reshape(-1) for q in quantizers_of(model) for b in q.charged_bits()]
     return beta * cost + gamma * torch.cat(bits).sum()
 

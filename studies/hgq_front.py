@@ -1,8 +1,8 @@
 """HGQ here against HGQ2 0.2.0: one MLP, the same start, recipe and time, fronts side by side.
 
-    python studies/hgq.py [--seconds 60] [--seeds 5] [--sides bitfront,hgq2-jax,hgq2-torch]
+    python studies/hgq_front.py [--seconds 60] [--seeds 5] [--sides bitfront,hgq2-jax,hgq2-torch]
                           [--clock wall|cpu] [--compile]
-    python studies/hgq.py --table [--test]
+    python studies/hgq_front.py --table [--test]
 
 MLP 64-64-32-32-10 on scikit-learn's digits (897 images to train, 300 to validate). beta rises
 log-linearly with the share of the time that is over; four times a second the weights and widths
@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def initial_weights(seed: int) -> list[Any]:
 
     generator = np.random.default_rng(seed)
     out = []
-    for n_in, n_out in zip(SIZES, SIZES[1:], strict=False):
+    for n_in, n_out in pairwise(SIZES):
         limit = (6 / (n_in + n_out)) ** 0.5
         out.append(generator.uniform(-limit, limit, (n_out, n_in)).astype("float32"))
     return out
@@ -193,7 +194,7 @@ def model_of_bitfront() -> Any:
         )
     )
     modules: list[nn.Module] = []
-    for n_in, n_out in zip(SIZES, SIZES[1:], strict=False):
+    for n_in, n_out in pairwise(SIZES):
         modules += [HGQLinear(n_in, n_out, specs=specs), nn.ReLU()]
     return nn.Sequential(*modules[:-1])
 
@@ -374,18 +375,19 @@ def hypervolume(front: list[Any]) -> float:
 
 def print_table(*, read_test: bool) -> None:
     """One line per run; the test split only where asked, of the frozen front."""
-    print("| side | seed | seconds | ms/step | start-up s | hypervolume | error at 4k, 16k EBOPs |")
+    print("| side | seed | seconds | ms/step | start s | hypervolume | error at 4k, 16k EBOPs |")
     print("|---|---|---|---|---|---|---|")
     for row in rows():
-        at = [
+        at = [  # the best that costs no more
             min((e for c, e, _ in row["front"] if c <= limit), default=None)
             for limit in (4_000, 16_000)
         ]
         errors = ", ".join("-" if e is None else f"{100 * e:.2f} %" for e in at)
         side = row["side"] + (" compiled" if row["compiled"] else "")
         print(
-            f"| {side} | {row['seed']} | {row['seconds']:g} {row['clock']} | {row['ms_per_step']:.2f} "
-            f"| {row['warmup_s']} | {row['hypervolume']:.4f} | {errors} |"
+            f"| {side} | {row['seed']} | {row['seconds']:g} {row['clock']} "
+            f"| {row['ms_per_step']:.2f} | {row['warmup_s']} "
+            f"| {row['hypervolume']:.4f} | {errors} |"
         )
         if read_test:
             points = judge(kept_path(row), split=2, only={i for _, _, i in row["front"]})
@@ -395,7 +397,7 @@ def print_table(*, read_test: bool) -> None:
         with (HERE / "TEST_READS.md").open("a") as file:
             file.write(
                 f"| {date.today()} | {commit} | digits | frozen fronts of every row of "
-                "`studies/rows/hgq.jsonl` | `studies/hgq.py --table --test` |\n"
+                "`studies/rows/hgq.jsonl` | `studies/hgq_front.py --table --test` |\n"
             )
 
 
