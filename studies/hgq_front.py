@@ -28,7 +28,7 @@ from typing import Any
 SIDES = ("bitfront", "hgq2-jax", "hgq2-torch")
 SEEDS = range(5)
 SIZES = (64, 64, 32, 32, 10)
-BATCH, LEARNING_RATE = 128, 3e-3
+BATCH, LEARNING_RATE = 299, 3e-3  # three batches an epoch, none smaller
 BETA, GAMMA = (1e-7, 1e-4), 1e-8
 INITIAL = {"integer": 2, "fraction": 6}
 KEPT_PER_SECOND = 4
