@@ -10,6 +10,7 @@ COST_MODELS: dict[str, str] = {
     "size_bytes": "cost_models.size:PackedSize",
     "macs": "cost_models.macs:MACs",
     "bops": "cost_models.bops:BOPs",
+    "ebops": "cost_models.ebops:EBOPs",
     "ram_bytes": "cost_models.memory:PeakMemory",
 }
 

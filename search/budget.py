@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+) *([A-Za-z]*)")
 _SIZE_FORMS = "4MB (10^6 bytes), 4MiB (2^20 bytes), 105kB, 105KiB, 140000B or 140000"
 
 _BYTE_COSTS = {"size": SIZE, SIZE: SIZE, "ram": "ram_bytes"}
-_COUNT_COSTS = {"bops": "bops", "macs": "macs"}
+_COUNT_COSTS = {"bops": "bops", "macs": "macs", "ebops": "ebops"}
 _NEEDS = {
     "latency": "a latency table (--latency-table), which this version cannot read yet",
     **dict.fromkeys(
@@ -80,7 +80,7 @@ def parse_budget(text: str) -> tuple[str, float]:
         return _COUNT_COSTS[key], float(parse_count(value))
     if key in _NEEDS:
         raise BudgetError(f"the budget {text!r} needs {_NEEDS[key]}; leave it out")
-    known = ", ".join(["4MB", "ram=256kB", "bops=1G", "macs=20M"])
+    known = ", ".join(["4MB", "ram=256kB", "bops=1G", "macs=20M", "ebops=100k"])
     raise BudgetError(f"{key!r} in the budget {text!r} is not a cost; budgets look like {known}")
 
 

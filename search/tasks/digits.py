@@ -40,7 +40,7 @@ def make_task(*, data: Path | None = None, seed: int = 0, progress: Progress | N
         seed: of the initial weights and the training, not of the split.
         progress: called while the model is trained, which happens once per seed.
     """
-    train, validation, test = _splits()
+    train, validation, test = splits()
     batches = ShuffledBatches(
         *train, batch_size=RECIPE.batch_size, seed=seed, augment=move_a_little
     )
@@ -75,7 +75,7 @@ def _trained_model(train: tuple[Tensor, Tensor], seed: int, progress: Progress |
     return model
 
 
-def _splits() -> list[tuple[Tensor, Tensor]]:
+def splits() -> list[tuple[Tensor, Tensor]]:
     """Training, validation and test as (images (n, 1, 8, 8), labels (n,)), stratified."""
     pixels, labels = load_digits(return_X_y=True)
     rest, test = train_test_split(
