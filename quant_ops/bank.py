@@ -15,7 +15,7 @@ from quant_ops.candidate import Candidate, LayerQuant
 from quant_ops.channels import live_inputs
 from quant_ops.correction import corrected_bias, spread_factor
 from quant_ops.dual import main_of, residual_of
-from quant_ops.dual_codes import Two, alternate, rows_of
+from quant_ops.dual_codes import Two, rows_of, sum_codes
 from quant_ops.graph import Graph, Layer, Params
 from quant_ops.layout import to_canonical
 from quant_ops.moments import InputMoments
@@ -178,7 +178,7 @@ class WeightBank:
             second = _assembled(layer, residual, uniform)
             weighted = self._range_setter == "weighted_mse"
             importance = self.importance(layer) if weighted else None
-            two = alternate(layer, (first, second), weights, importance)
+            two = sum_codes(layer, (first, second), weights, importance, quant.scheme)
             if layer.name not in self._moments:
                 return two
             weight = self.float_params[layer.weight]
