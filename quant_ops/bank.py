@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -31,23 +31,10 @@ from quant_ops.quantizers import (
 from quant_ops.ranges import RANGE_SETTERS, weight_scales, zero_points
 from quant_ops.rounding import round_layer, round_pair
 from quant_ops.stored import StoredBias, StoredScale
+from quant_ops.uniform_rows import UniformRows, assembled
 
 T = TypeVar("T")
 LiveMask = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, eq=False)
-class _UniformRows:
-    """A whole layer at one width. Shapes as in QuantizedLayer, all channels present."""
-
-    codes: NDArray[np.int16]
-    scale: StoredScale
-    zero_points: NDArray[np.int16] | None
-    mid_rise: bool
-
-    @property
-    def size_bytes(self) -> int:
-        return self.codes.nbytes + self.scale.ratio.nbytes
 
 
 class WeightBank:
@@ -175,7 +162,7 @@ class WeightBank:
                 width: self._quantize_rows(layer, left, width, residual.scheme, residual.group_size)
                 for width in sorted(set(residual.bit_widths) - {0})
             }
-            second = _assembled(layer, residual, uniform)
+            second = assembled(layer, residual, uniform)
             weighted = self._range_setter == "weighted_mse"
             importance = self.importance(layer) if weighted else None
             two = sum_codes(layer, (first, second), weights, importance, quant.scheme)
@@ -213,7 +200,7 @@ class WeightBank:
         """One layer alone, without its bias."""
         present = sorted(set(quant.bit_widths) - {0})
         uniform = {w: self._uniform(layer, w, quant.scheme, quant.group_size) for w in present}
-        return _assembled(layer, quant, uniform)
+        return assembled(layer, quant, uniform)
 
     def _bias(
         self,
@@ -240,10 +227,10 @@ class WeightBank:
 
     def _uniform(
         self, layer: Layer, bit_width: float, scheme: str, group_size: int | None
-    ) -> _UniformRows:
+    ) -> UniformRows:
         key = ("uniform", layer.name, bit_width, scheme, group_size)
 
-        def compute() -> _UniformRows:
+        def compute() -> UniformRows:
             rows = self._quantize_rows(layer, self.weights(layer), bit_width, scheme, group_size)
             return self._rounded(layer, bit_width, rows) if layer.name in self._moments else rows
 
@@ -264,7 +251,7 @@ class WeightBank:
         bit_width: float,
         scheme: str,
         group_size: int | None,
-    ) -> _UniformRows:
+    ) -> UniformRows:
         rows = grouped(weights, group_size).contiguous()
         zero: Tensor | None = None
         if scheme == "affine":
@@ -283,14 +270,14 @@ class WeightBank:
         if zero is not None:
             codes = codes + zero.to(torch.int16)
         shape = (layer.out_channels, -1)
-        return _UniformRows(
+        return UniformRows(
             codes.reshape(shape).numpy(),
             StoredScale(scale.base, scale.ratio.reshape(shape)),
             None if zero is None else zero.reshape(shape).to(torch.int16).numpy(),
             chosen == "mid_rise",
         )
 
-    def _rounded(self, layer: Layer, bit_width: float, rows: _UniformRows) -> _UniformRows:
+    def _rounded(self, layer: Layer, bit_width: float, rows: UniformRows) -> UniformRows:
         """The same with second-order codes, and scales to match."""
         mid_rise = frozenset({bit_width} if rows.mid_rise else ())
         widths = (bit_width,) * layer.out_channels
@@ -368,37 +355,6 @@ class WeightBank:
         if not any(0 in quant.bit_widths for _, quant in candidate.layers):
             return {}
         return dict(live_inputs(self.graph, candidate))
-
-
-def _assembled(
-    layer: Layer, quant: LayerQuant, uniform: Mapping[float, _UniformRows]
-) -> QuantizedLayer:
-    """Each channel's row from the layer that is at its width throughout; no bias."""
-    if quant.uniform:  # a layer of one width shares the cached arrays
-        rows = uniform[quant.uniform]
-        return QuantizedLayer(
-            (quant.uniform,) * layer.out_channels,
-            rows.codes,
-            {quant.uniform: rows.scale},
-            frozenset({quant.uniform} if rows.mid_rise else ()),
-            rows.zero_points,
-            None,
-        )
-    bit_widths = quant.per_channel(layer.out_channels)
-    widths = np.asarray(bit_widths)
-    codes = np.zeros((layer.out_channels, layer.weights_per_channel), np.int16)
-    zeros: NDArray[np.int16] | None = None
-    if quant.scheme == "affine":
-        n_groups = layer.weights_per_channel // (quant.group_size or layer.weights_per_channel)
-        zeros = np.zeros((layer.out_channels, max(1, n_groups)), np.int16)
-    for width, whole in uniform.items():
-        rows_here = widths == width
-        codes[rows_here] = whole.codes[rows_here]
-        if zeros is not None and whole.zero_points is not None:
-            zeros[rows_here] = whole.zero_points[rows_here]
-    scales = {w: StoredScale(u.scale.base, u.scale.ratio[widths == w]) for w, u in uniform.items()}
-    mid_rise = frozenset(w for w, u in uniform.items() if u.mid_rise)
-    return QuantizedLayer(bit_widths, codes, scales, mid_rise, zeros, None)
 
 
 def _unless_all(mask: LiveMask | None) -> LiveMask | None:
