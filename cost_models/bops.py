@@ -6,6 +6,7 @@ from typing import ClassVar
 from cost_models.base import CostModel, Kind
 from quant_ops.bit_widths import FLOAT_BITS
 from quant_ops.candidate import Candidate, LayerQuant
+from quant_ops.dual import without_unused
 from quant_ops.edges import edge_of
 from quant_ops.graph import Graph, Layer, Ref
 from quant_ops.removal import Removal, plan_removal
@@ -25,6 +26,7 @@ class BOPs(CostModel):
     kind: ClassVar[Kind] = "analytic"
 
     def cost(self, graph: Graph, candidate: Candidate) -> float:
+        graph, candidate = without_unused(graph, candidate)
         removal = plan_removal(graph, candidate)
         assignment, activation_bits = candidate.assignment, candidate.activation_bits
         total = 0.0

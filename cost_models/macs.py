@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from cost_models.base import CostModel, Kind
 from quant_ops.candidate import Candidate
+from quant_ops.dual import without_unused
 from quant_ops.graph import Graph
 from quant_ops.removal import plan_removal
 
@@ -21,6 +22,7 @@ class MACs(CostModel):
     kind: ClassVar[Kind] = "exact"
 
     def cost(self, graph: Graph, candidate: Candidate) -> float:
+        graph, candidate = without_unused(graph, candidate)
         removal = plan_removal(graph, candidate)
         return float(
             sum(layer.macs // layer.n_weights * removal.n_weights(layer) for layer in graph.layers)

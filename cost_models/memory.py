@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from cost_models.base import CostModel, Kind
 from quant_ops.candidate import Candidate
 from quant_ops.channels import analyse
+from quant_ops.dual import without_unused
 from quant_ops.edges import FUSIBLE, edge_of
 from quant_ops.graph import Graph, Ref, refs_in
 from quant_ops.index_maps import varying_axes
@@ -47,6 +48,7 @@ class PeakMemory(CostModel):
     kind: ClassVar[Kind] = "analytic"
 
     def cost(self, graph: Graph, candidate: Candidate) -> float:
+        graph, candidate = without_unused(graph, candidate)
         plan = _plan(graph)
         removal = plan_removal(graph, candidate)
         elements = plan.elements

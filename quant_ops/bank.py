@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -14,6 +14,8 @@ from quant_ops.calibration import Calibration, choose_activation_quant
 from quant_ops.candidate import Candidate, LayerQuant
 from quant_ops.channels import live_inputs
 from quant_ops.correction import corrected_bias, spread_factor
+from quant_ops.dual import main_of, residual_of
+from quant_ops.dual_codes import Two, rows_of, sum_codes
 from quant_ops.graph import Graph, Layer, Params
 from quant_ops.layout import to_canonical
 from quant_ops.moments import InputMoments
@@ -27,25 +29,12 @@ from quant_ops.quantizers import (
     squared_errors,
 )
 from quant_ops.ranges import RANGE_SETTERS, weight_scales, zero_points
-from quant_ops.rounding import round_layer
+from quant_ops.rounding import round_layer, round_pair
 from quant_ops.stored import StoredBias, StoredScale
+from quant_ops.uniform_rows import UniformRows, assembled
 
 T = TypeVar("T")
 LiveMask = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, eq=False)
-class _UniformRows:
-    """A whole layer at one width. Shapes as in QuantizedLayer, all channels present."""
-
-    codes: NDArray[np.int16]
-    scale: StoredScale
-    zero_points: NDArray[np.int16] | None
-    mid_rise: bool
-
-    @property
-    def size_bytes(self) -> int:
-        return self.codes.nbytes + self.scale.ratio.nbytes
 
 
 class WeightBank:
@@ -95,7 +84,11 @@ class WeightBank:
     def quantize(self, candidate: Candidate) -> QuantizedModel:
         """The candidate's codes, stored scales and stored biases."""
         live = self._live_inputs(candidate)
-        layers = {name: self.layer(name, quant, live.get(name)) for name, quant in candidate.layers}
+        other = self._partners(candidate)
+        layers = {
+            name: self.layer(name, quant, live.get(name), other.get(name))
+            for name, quant in candidate.layers
+        }
         replaced = self._replaced(candidate)
         kept = {k: v for k, v in self.float_params.items() if k not in replaced}
         return QuantizedModel(self.graph, candidate, layers, self.activations(candidate), kept)
@@ -103,10 +96,11 @@ class WeightBank:
     def params(self, candidate: Candidate) -> dict[str, Tensor]:
         """What `quantize(candidate).params()` gives, bit for bit; look-ups where known."""
         live = self._live_inputs(candidate)
+        other = self._partners(candidate)
         out = dict(self.float_params)
         for name, quant in candidate.layers:
             layer = self._layer_of(name)
-            weight, bias = self._tensors(layer, quant, live.get(name))
+            weight, bias = self._tensors(layer, quant, live.get(name), other.get(name))
             out[layer.weight] = weight
             if layer.bias is not None and bias is not None:
                 out[layer.bias] = bias
@@ -119,7 +113,11 @@ class WeightBank:
         }
 
     def layer(
-        self, name: str, quant: LayerQuant, live_inputs: LiveMask | None = None
+        self,
+        name: str,
+        quant: LayerQuant,
+        live_inputs: LiveMask | None = None,
+        other: LayerQuant | None = None,
     ) -> QuantizedLayer:
         """One layer's codes.
 
@@ -128,82 +126,99 @@ class WeightBank:
             quant: its widths.
             live_inputs: (in_channels,) False where the layer's input is removed, None if all
                 are there. The mean effect of removed inputs moves into the bias.
+            other: widths of the layer that this one is added to (see `quant_ops.dual`), whose
+                codes and these are chosen together; None without one, or if it is not used.
         """
         layer = self._layer_of(name)
         live_inputs = _unless_all(live_inputs)
-        key = ("layer", name, quant, None if live_inputs is None else live_inputs.tobytes())
-        return self._cache.get(key, lambda: self._assemble(layer, quant, live_inputs), _layer_bytes)
+        mask = None if live_inputs is None else live_inputs.tobytes()
+        key = ("layer", name, quant, mask, other)
+
+        def compute() -> QuantizedLayer:
+            if other is None:
+                codes = self._codes(layer, quant)
+                return replace(codes, bias=self._bias(layer, codes, live_inputs))
+            return self._of_pair(layer, quant, live_inputs, other)
+
+        return self._cache.get(key, compute, _layer_bytes)
+
+    def _of_pair(
+        self, layer: Layer, quant: LayerQuant, live_inputs: LiveMask | None, other: LayerQuant
+    ) -> QuantizedLayer:
+        main = main_of(self.graph).get(layer.name)
+        if main is not None:
+            return self._pair(self._layer_of(main), other, quant)[1]
+        first, second = self._pair(layer, quant, other)
+        return replace(first, bias=self._bias(layer, first, live_inputs, second))
+
+    def _pair(self, layer: Layer, quant: LayerQuant, residual: LayerQuant) -> Two:
+        """Codes of a layer and of the residual layer beside it, chosen together."""
+
+        def compute() -> Two:
+            weights = self.weights(layer)
+            first = self._codes(layer, quant)
+            left = (weights.double() - rows_of(layer, first)).float()
+            uniform = {
+                width: self._quantize_rows(layer, left, width, residual.scheme, residual.group_size)
+                for width in sorted(set(residual.bit_widths) - {0})
+            }
+            second = assembled(layer, residual, uniform)
+            weighted = self._range_setter == "weighted_mse"
+            importance = self.importance(layer) if weighted else None
+            two = sum_codes(layer, (first, second), weights, importance, quant.scheme)
+            if layer.name not in self._moments:
+                return two
+            weight = self.float_params[layer.weight]
+            return round_pair(layer, two, weight, self._moments[layer.name])[0]
+
+        key = ("pair", layer.name, quant, residual)
+        return self._cache.get(key, compute, lambda two: sum(map(_layer_bytes, two)))
 
     def _tensors(
-        self, layer: Layer, quant: LayerQuant, live_inputs: LiveMask | None
+        self,
+        layer: Layer,
+        quant: LayerQuant,
+        live_inputs: LiveMask | None,
+        other: LayerQuant | None,
     ) -> tuple[Tensor, Tensor | None]:
         live_inputs = _unless_all(live_inputs)
 
         def weight() -> Tensor:
-            return self.layer(layer.name, quant, live_inputs).weight(layer)
+            return self.layer(layer.name, quant, live_inputs, other).weight(layer)
 
         def bias() -> tuple[Tensor | None]:
-            return (self.layer(layer.name, quant, live_inputs).bias_values(),)
+            return (self.layer(layer.name, quant, live_inputs, other).bias_values(),)
 
         mask = None if live_inputs is None else live_inputs.tobytes()
-        found = self._cache.get(("weight", layer.name, quant), weight, lambda w: w.nbytes)
+        found = self._cache.get(("weight", layer.name, quant, other), weight, lambda w: w.nbytes)
         (found_bias,) = self._cache.get(
-            ("bias", layer.name, quant, mask), bias, lambda _: 4 * layer.out_channels
+            ("bias", layer.name, quant, mask, other), bias, lambda _: 4 * layer.out_channels
         )
         return found, found_bias
 
-    def _assemble(
-        self, layer: Layer, quant: LayerQuant, live_inputs: LiveMask | None
-    ) -> QuantizedLayer:
-        bit_widths = quant.per_channel(layer.out_channels)
-        widths = np.asarray(bit_widths)
-        present = sorted(set(bit_widths) - {0})
+    def _codes(self, layer: Layer, quant: LayerQuant) -> QuantizedLayer:
+        """One layer alone, without its bias."""
+        present = sorted(set(quant.bit_widths) - {0})
         uniform = {w: self._uniform(layer, w, quant.scheme, quant.group_size) for w in present}
-        if quant.uniform:
-            return self._whole(layer, quant.uniform, uniform[quant.uniform], live_inputs)
-        codes = np.zeros((layer.out_channels, layer.weights_per_channel), np.int16)
-        zeros: NDArray[np.int16] | None = None
-        if quant.scheme == "affine":
-            n_groups = layer.weights_per_channel // (quant.group_size or layer.weights_per_channel)
-            zeros = np.zeros((layer.out_channels, max(1, n_groups)), np.int16)
-        for width, whole in uniform.items():
-            rows = widths == width
-            codes[rows] = whole.codes[rows]
-            if zeros is not None and whole.zero_points is not None:
-                zeros[rows] = whole.zero_points[rows]
-        scales = {
-            w: StoredScale(u.scale.base, u.scale.ratio[widths == w]) for w, u in uniform.items()
-        }
-        mid_rise = frozenset(w for w, u in uniform.items() if u.mid_rise)
-        assembled = QuantizedLayer(bit_widths, codes, scales, mid_rise, zeros, None)
-        return replace(assembled, bias=self._bias(layer, assembled, live_inputs))
-
-    def _whole(
-        self, layer: Layer, bit_width: float, rows: _UniformRows, live_inputs: LiveMask | None
-    ) -> QuantizedLayer:
-        """A layer of one width shares the cached arrays."""
-        quantized = QuantizedLayer(
-            (bit_width,) * layer.out_channels,
-            rows.codes,
-            {bit_width: rows.scale},
-            frozenset({bit_width} if rows.mid_rise else ()),
-            rows.zero_points,
-            None,
-        )
-        return replace(quantized, bias=self._bias(layer, quantized, live_inputs))
+        return assembled(layer, quant, uniform)
 
     def _bias(
-        self, layer: Layer, quantized: QuantizedLayer, live_inputs: LiveMask | None
+        self,
+        layer: Layer,
+        quantized: QuantizedLayer,
+        live_inputs: LiveMask | None,
+        residual: QuantizedLayer | None = None,
     ) -> StoredBias | None:
         if layer.bias is None:
             return None
         wanted = self.float_params[layer.bias].double()
         if self._bias_correction and self.calibration is not None:
+            found = quantized.weight(layer)
             wanted = corrected_bias(
                 layer,
                 wanted,
                 to_canonical(layer, self.float_params[layer.weight]),
-                to_canonical(layer, quantized.weight(layer)),
+                to_canonical(layer, found if residual is None else found + residual.weight(layer)),
                 self.calibration.tap_mean[layer.name],
                 live_inputs,
             )
@@ -212,22 +227,31 @@ class WeightBank:
 
     def _uniform(
         self, layer: Layer, bit_width: float, scheme: str, group_size: int | None
-    ) -> _UniformRows:
+    ) -> UniformRows:
         key = ("uniform", layer.name, bit_width, scheme, group_size)
 
-        def compute() -> _UniformRows:
-            rows = self._quantize_rows(layer, bit_width, scheme, group_size)
+        def compute() -> UniformRows:
+            rows = self._quantize_rows(layer, self.weights(layer), bit_width, scheme, group_size)
             return self._rounded(layer, bit_width, rows) if layer.name in self._moments else rows
 
         return self._cache.get(key, compute, lambda u: u.size_bytes)
 
-    def _quantize_rows(
-        self, layer: Layer, bit_width: float, scheme: str, group_size: int | None
-    ) -> _UniformRows:
+    def weights(self, layer: Layer) -> Tensor:
+        """(out_channels, n) float weights."""
         weights = to_canonical(layer, self.float_params[layer.weight]).float()
         weights = weights.reshape(layer.out_channels, -1)
         if not bool(torch.isfinite(weights).all()):
             raise ValueError(f"layer {layer.name!r} has NaN or infinite weights")
+        return weights
+
+    def _quantize_rows(
+        self,
+        layer: Layer,
+        weights: Tensor,
+        bit_width: float,
+        scheme: str,
+        group_size: int | None,
+    ) -> UniformRows:
         rows = grouped(weights, group_size).contiguous()
         zero: Tensor | None = None
         if scheme == "affine":
@@ -246,14 +270,14 @@ class WeightBank:
         if zero is not None:
             codes = codes + zero.to(torch.int16)
         shape = (layer.out_channels, -1)
-        return _UniformRows(
+        return UniformRows(
             codes.reshape(shape).numpy(),
             StoredScale(scale.base, scale.ratio.reshape(shape)),
             None if zero is None else zero.reshape(shape).to(torch.int16).numpy(),
             chosen == "mid_rise",
         )
 
-    def _rounded(self, layer: Layer, bit_width: float, rows: _UniformRows) -> _UniformRows:
+    def _rounded(self, layer: Layer, bit_width: float, rows: UniformRows) -> UniformRows:
         """The same with second-order codes, and scales to match."""
         mid_rise = frozenset({bit_width} if rows.mid_rise else ())
         widths = (bit_width,) * layer.out_channels
@@ -274,7 +298,7 @@ class WeightBank:
         zero: Tensor | None,
     ) -> tuple[str, Levels, StoredScale]:
         """Scheme, levels and scales; for "auto" those of the smaller error over the layer."""
-        importance = self._importance(layer, group_size)
+        importance = self.importance(layer, group_size)
         weighting = importance if self._range_setter == "weighted_mse" else None
         tried = ("mid_tread", "mid_rise") if scheme == "auto" else (scheme,)
         options = []
@@ -290,7 +314,7 @@ class WeightBank:
         ]
         return options[int(np.argmin(errors))]
 
-    def _importance(self, layer: Layer, group_size: int | None) -> Tensor | None:
+    def importance(self, layer: Layer, group_size: int | None = None) -> Tensor | None:
         """The mean square input of each weight, (1 or rows, n), or None without calibration."""
         if self.calibration is None or layer.name not in self.calibration.input_square:
             return None
@@ -308,6 +332,15 @@ class WeightBank:
             chosen = choose_activation_quant(edge, bit_width, self._activation_ranges)
             self._activations[name, bit_width] = chosen
         return self._activations[name, bit_width]
+
+    def _partners(self, candidate: Candidate) -> dict[str, LayerQuant]:
+        """Layer name to the widths of the one it is added to, for pairs that are in use."""
+        out: dict[str, LayerQuant] = {}
+        assignment = candidate.assignment
+        for main, residual in residual_of(self.graph).items():
+            if {main, residual} <= assignment.keys() and assignment[residual].uniform != 0:
+                out |= {main: assignment[residual], residual: assignment[main]}
+        return out
 
     def _layer_of(self, name: str) -> Layer:
         if name not in self.graph.layer_of:

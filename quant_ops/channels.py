@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant_ops.candidate import Candidate
+from quant_ops.dual import main_of
 from quant_ops.graph import Graph, Ref
 from quant_ops.index_maps import IndexMaps, trace_slots, varying_axes
 from quant_ops.operator_kinds import MOVES, POOLS, REDUCTIONS, ZERO_KEEPING
@@ -147,12 +148,16 @@ def bypassed_layers(graph: Graph) -> frozenset[str]:
 
     What such a layer computes ends in an addition, through operators that keep zeros or through
     other layers, and every output still depends on the inputs when all of them are cut out. Of
-    two branches that meet in one addition, the one with the largest layer is chosen.
+    two branches that meet in one addition, the one with the largest layer is chosen; of a layer
+    and its residual, the residual.
     """
+    residual = main_of(graph)
     absorbed = _absorbed_nodes(graph)
     cut: set[int] = set()
     chosen = []
-    for layer in sorted(graph.searchable_layers, key=lambda layer: -layer.n_weights):
+    for layer in sorted(
+        graph.searchable_layers, key=lambda x: (x.name not in residual, -x.n_weights)
+    ):
         sites = set(layer.sites)
         if layer.kind != "embedding" and sites <= absorbed and _connected(graph, cut | sites):
             cut |= sites

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quant_ops.calibration import Calibration, ChannelSums
+from quant_ops.dual import live_pairs
 from quant_ops.executor import Executor, Transform
 from quant_ops.graph import Layer
 from quant_ops.quantized import QuantizedLayer, QuantizedModel
@@ -93,7 +94,8 @@ def reestimate_norms(
     The folded network's form of re-estimating batch norms. One pass: each layer's input already
     carries the corrections of the layers before it (with the statistics of the batch at hand, so
     larger batches are more exact). Scales and biases move, codes do not. Layers that are called
-    several times, and embeddings, stay; a layer with groups of weights only moves its bias.
+    several times, and embeddings, stay; a layer with groups of weights, or with a residual beside
+    it, only moves its bias.
 
     Args:
         model: the quantized network.
@@ -104,13 +106,17 @@ def reestimate_norms(
         ValueError: there is no batch.
     """
     graph = model.graph
+    together = live_pairs(model)
+    sum_at = {main: pair.sites[0][2] for main, pair in together.items()}
     by_site = {
-        layer.sites[0]: layer
+        sum_at.get(layer.name, layer.sites[0]): layer
         for layer in graph.layers
         if layer.name in model.layers and layer.bias is not None and len(layer.sites) == 1
     }
     estimates = {
-        layer.name: _NormEstimate(layer, model.layers[layer.name], calibration)
+        layer.name: _NormEstimate(
+            layer, model.layers[layer.name], calibration, moves_scales=layer.name not in together
+        )
         for layer in by_site.values()
     }
     transforms: dict[int, Transform] = {
@@ -136,7 +142,16 @@ def _chain(first: Transform | None, second: Transform) -> Transform:
 class _NormEstimate:
     """Output statistics of one quantized layer, and the scales and biases that mend them."""
 
-    def __init__(self, layer: Layer, quantized: QuantizedLayer, calibration: Calibration) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        quantized: QuantizedLayer,
+        calibration: Calibration,
+        *,
+        moves_scales: bool,
+    ) -> None:
+        # groups, or two layers of one sum, would not move together
+        self._moves_scales = moves_scales and quantized.channel_scales().shape[1] == 1
         self._axis = -1 if layer.kind == "linear" else 1
         self._quantized = quantized
         self._mean = calibration.output_mean[layer.name].double()
@@ -167,7 +182,7 @@ class _NormEstimate:
     def _rescaled(self, sums: ChannelSums) -> tuple[QuantizedLayer, Tensor]:
         """The layer with its scales moved, and by how much each channel moved, as stored."""
         before = self._quantized.channel_scales().astype(np.float64)
-        if before.shape[1] > 1:  # groups would not move together
+        if not self._moves_scales:
             return self._quantized, torch.ones(len(before), dtype=torch.float64)
         std = sums.std()
         usable = (std > 1e-6 * self._std) & (self._std > 0)

@@ -7,6 +7,7 @@ compares codes, so its value keeps the edge of its source.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from quant_ops.dual import partial_nodes
 from quant_ops.graph import Graph, Node, Ref, refs_in
 from quant_ops.operators import LAYER_OPS, OPERATORS
 from quant_ops.per_graph import per_graph
@@ -63,8 +64,9 @@ class Edge:
     Attributes:
         name: name of the producing node.
         node: index of the node whose value is quantized: the producer, or the clamp fused into it.
-        kind: "input", "inner", or "output": only the network's outputs read it, so it stays a
-            wide integer with a scale and its width is not searched.
+        kind: "input", "inner", "output" or "partial". Of the last two the width is not searched:
+            only the network's outputs read it, or it is one half of the sum that a layer and its
+            residual give (`quant_ops.dual`), so it stays a wide integer with a scale.
     """
 
     name: str
@@ -168,6 +170,8 @@ def _kinds(graph: Graph, of_node: list[str | None], fused: set[int]) -> Mapping[
             continue
         if graph.nodes[index].op == "input":
             kinds[name] = "input"
+        if index in partial_nodes(graph):
+            kinds[name] = "partial"
         if index in outputs:
             reaches.add(name)
         for user in graph.consumers[index]:

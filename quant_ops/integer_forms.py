@@ -77,7 +77,7 @@ class LoweringState:
         name = edge_of(self.graph, index)
         codes = self.quantizer(name)
         if codes is None:
-            if name is None or self.edges[name].kind != "output":
+            if name is None or self.edges[name].kind not in ("output", "partial"):
                 raise NoIntegerForm("its result is not quantized")
             codes = wide_codes(largest)
         self.codes[out] = codes

@@ -1,5 +1,6 @@
 """QuantizedModel -> IntegerProgram: every constant of the integer arithmetic, fixed once."""
 
+from quant_ops.dual import without_unused_layers
 from quant_ops.edges import SPLITTING, edge_of, is_pass_through
 from quant_ops.graph import Arg, ParamRef, Ref, refs_in
 from quant_ops.integer_forms import INTEGER_FORMS, LoweringState, NoIntegerForm
@@ -14,7 +15,7 @@ def lower(model: QuantizedModel) -> IntegerProgram:
     has an integer form; every other one is a float island. Without any activation quantizer the
     whole network runs in float32 with dequantized weights.
     """
-    return _Lowering(model).program()
+    return _Lowering(without_unused_layers(model)).program()
 
 
 class _Lowering(LoweringState):

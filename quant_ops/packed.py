@@ -28,6 +28,7 @@ from quant_ops.blobs import (
 )
 from quant_ops.byte_stream import ByteReader, put_varint
 from quant_ops.candidate import Candidate, LayerQuant
+from quant_ops.dual import without_unused_layers
 from quant_ops.edges import activation_edges
 from quant_ops.errors import EnvironmentFault, UsageError, VerificationError
 from quant_ops.executor import Executor
@@ -60,6 +61,7 @@ def pack(model: QuantizedModel) -> bytes:
     Raises:
         UsageError: the graph holds an argument that the format cannot.
     """
+    model = without_unused_layers(model)
     storage = plan_storage(model.graph, model.candidate)
     out = bytearray(MAGIC)
     out.append(VERSION)

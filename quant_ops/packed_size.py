@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from quant_ops.bit_widths import FLOAT_BITS
 from quant_ops.byte_stream import varint_bytes
 from quant_ops.candidate import Candidate, LayerQuant
+from quant_ops.dual import without_unused
 from quant_ops.graph import Graph, Layer
 from quant_ops.manifest import encode_graph, param_order
 from quant_ops.storage import (
@@ -48,6 +49,7 @@ def size_bytes(graph: Graph, candidate: Candidate) -> int:
 
 def payload_bytes(graph: Graph, candidate: Candidate) -> int:
     """Length of the one tensor in the file."""
+    graph, candidate = without_unused(graph, candidate)
     sizes = _sizes_of(graph)
     total = sizes.fixed + varint_bytes(len(candidate.activations))
     for edge, _ in candidate.activations:

@@ -92,7 +92,8 @@ def predicted_losses(
     Args:
         bank: of the network.
         batches: (inputs, target) pairs; targets are ignored.
-        changes: each names one layer of one width, or one activation edge.
+        changes: each names one layer of one width (and the residual beside it, if both are
+            meant), or one activation edge.
         measure: a row of `MEASURES`; "linearized" is "gauss-newton" where the outputs are not one
             tensor of at most 32 logits.
         output_gradient: draws output gradients whose mean outer product is the loss's curvature.
@@ -166,7 +167,9 @@ class Predictor:
                 self._at.setdefault(node, []).append(number)
 
     def _nodes(self, change: Candidate) -> list[int]:
-        sites = [s for name, _ in change.layers for s in self._bank.graph.layer_of[name].sites]
+        # what a residual layer adds is seen at its main layer, which comes first
+        main = change.layers[:1]
+        sites = [s for name, _ in main for s in self._bank.graph.layer_of[name].sites]
         return sites + [self._node_of[name] for name, _ in change.activations]
 
     def forward(self, inputs: Sequence[Tensor]) -> Run:
@@ -229,11 +232,12 @@ class Predictor:
             ((name, _),) = change.activations
             quantizer = self._bank.activations(change)[name]
             return quantizer.fake_quantize(values[node]) - values[node]
-        ((name, quant),) = change.layers
-        layer = self._bank.graph.layer_of[name]
-        quantized = self._bank.layer(name, quant)
-        weight = quantized.weight(layer) - self._bank.float_params[layer.weight]
-        bias = quantized.bias_values()
+        name = change.layers[0][0]
+        layer, quantized = self._bank.graph.layer_of[name], self._bank.quantize(change).layers
+        weight = -self._bank.float_params[layer.weight]
+        for part in quantized.values():
+            weight = weight + part.weight(layer)
+        bias = quantized[name].bias_values()
         if layer.bias is not None and bias is not None:
             bias = bias - self._bank.float_params[layer.bias]
         return _apply(self._executor, layer, node, values, weight, bias)

@@ -16,6 +16,7 @@ from quant_ops.bit_widths import LEVELS
 from quant_ops.calibration import Calibration
 from quant_ops.channels import live_inputs
 from quant_ops.correction import corrected_bias, rescaled
+from quant_ops.dual import live_pairs
 from quant_ops.graph import Layer, Params
 from quant_ops.layout import to_canonical
 from quant_ops.moments import InputMoments
@@ -180,6 +181,35 @@ def round_layer(
     return with_codes(quantized, best.codes.reshape(rows)), best.wanted.reshape(rows)
 
 
+def round_pair(
+    layer: Layer,
+    two: tuple[QuantizedLayer, QuantizedLayer],
+    weight: Tensor,
+    moments: InputMoments,
+    *,
+    live: NDArray[np.bool_] | None = None,
+    refits: int = REFITS,
+) -> tuple[tuple[QuantizedLayer, QuantizedLayer], tuple[Tensor, Tensor]]:
+    """`round_layer` for a layer and the residual beside it, each to what the other leaves.
+
+    Args:
+        layer: the main layer, whose bias absorbs the mean error of both.
+        two: codes and stored scales of main and residual layer.
+        weight: the float weight that their sum stands for.
+        moments: of the input of both.
+        live: as in `round_layer`.
+        refits: as in `round_layer`.
+    """
+    first, second = two
+    first, wanted = round_layer(
+        layer, first, weight - second.weight(layer), moments, live=live, refits=refits
+    )
+    second, left = round_layer(
+        layer, second, weight - first.weight(layer), moments, live=live, refits=refits
+    )
+    return (first, second), (wanted, left)
+
+
 def round_model(
     model: QuantizedModel,
     params: Params,
@@ -217,16 +247,24 @@ def round_layers(
     if any(0 in quant.bit_widths for _, quant in model.candidate.layers):
         masks = dict(live_inputs(model.graph, model.candidate))
     layers, wanted = dict(model.layers), {}
+    together = live_pairs(model)
     for name in model.layers:
-        if name not in moments:
+        if name not in moments or name in {pair.residual for pair in together.values()}:
             continue
         layer, live = model.graph.layer_of[name], masks.get(name)
-        rounded, wanted[name] = round_layer(
-            layer, layers[name], params[layer.weight], moments[name], live=live, refits=refits
-        )
+        weight, pair = params[layer.weight], together.get(name)
+        if pair is None:
+            layers[name], wanted[name] = round_layer(
+                layer, layers[name], weight, moments[name], live=live, refits=refits
+            )
+        else:
+            two = (layers[name], layers[pair.residual])
+            two, both = round_pair(layer, two, weight, moments[name], live=live, refits=refits)
+            layers |= {name: two[0], pair.residual: two[1]}
+            wanted |= {name: both[0], pair.residual: both[1]}
         if calibration is not None:
-            rounded = rebiased(layer, rounded, params, calibration, live)
-        layers[name] = rounded
+            residual = None if pair is None else layers[pair.residual]
+            layers[name] = rebiased(layer, layers[name], params, calibration, live, residual)
     return replace(model, layers=layers), wanted
 
 
@@ -236,15 +274,20 @@ def rebiased(
     params: Params,
     calibration: Calibration,
     live: NDArray[np.bool_] | None = None,
+    residual: QuantizedLayer | None = None,
 ) -> QuantizedLayer:
-    """The layer with the bias that keeps the mean output of every channel."""
+    """The layer with the bias that keeps the mean output of every channel.
+
+    Of a layer that a residual is added to: of the sum.
+    """
     if layer.bias is None or layer.name not in calibration.tap_mean:
         return quantized
+    weight = quantized.weight(layer)
     wanted = corrected_bias(
         layer,
         params[layer.bias],
         to_canonical(layer, params[layer.weight]),
-        to_canonical(layer, quantized.weight(layer)),
+        to_canonical(layer, weight if residual is None else weight + residual.weight(layer)),
         calibration.tap_mean[layer.name],
         live,
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from quant_ops.channels import bypassed_layers
+from quant_ops.dual import SUFFIX, main_of
 from quant_ops.edges import activation_edges
 from quant_ops.errors import UsageError
 from quant_ops.graph import Graph, Layer
@@ -12,6 +13,7 @@ from search.space import EdgeChoice, LayerChoice, SearchSpace
 from search.targets import TargetCapabilities, find_target
 
 CHANNEL_GROUPS = 4
+RESIDUAL_BITS = 4  # a residual of more makes a sum that one wider tensor beats
 EDGE_PREFIX = "edge:"  # of a pin's pattern
 _COARSENESS = ("channel", "group", "layer")
 
@@ -35,6 +37,8 @@ def build_space(graph: Graph, config: RunConfig) -> SearchSpace:
     granularity = _granularity(config, target)
     layers = tuple(
         _layer_choice(layer, config, target, pins, layer.name in bypassed, granularity)
+        if layer.name not in main_of(graph)
+        else _residual_choice(layer, main_of(graph)[layer.name], config, target, pins, granularity)
         for layer in graph.searchable_layers
     )
     return SearchSpace(graph, layers, _edges(graph, config, target), config.scheme)
@@ -51,12 +55,17 @@ def _granularity(config: RunConfig, target: TargetCapabilities) -> str:
 
 
 def _resolve_pins(graph: Graph, config: RunConfig) -> dict[str, float]:
+    residual = main_of(graph)
     names = [layer.name for layer in graph.searchable_layers]
     pins: dict[str, float] = {}
     for pattern, bit_width in config.pins.items():
         if pattern.startswith(EDGE_PREFIX):
             continue
-        matched = [name for name in names if fnmatchcase(name, pattern)]
+        matched = [
+            name
+            for name in names
+            if fnmatchcase(name, pattern) and (name not in residual or pattern.endswith(SUFFIX))
+        ]
         if not matched:
             raise UsageError(
                 f"--pin {pattern}={bit_width:g} names no layer that can be quantized; "
@@ -87,6 +96,29 @@ def _layer_choice(
             f"--bits allows {_list(asked)}: nothing is left; widen --bits or pin the layer"
         )
     return LayerChoice(layer.name, widths, groups, may_vanish=bypassed)
+
+
+def _residual_choice(
+    layer: Layer,
+    main: str,
+    config: RunConfig,
+    target: TargetCapabilities,
+    pins: dict[str, float],
+    granularity: str,
+) -> LayerChoice:
+    """0 is legal whatever target and `--bits`: a residual layer that is not used is not there."""
+    legal = residual_widths(layer, target)
+    if layer.name in pins:
+        width = _pinned(layer, pins[layer.name], (0.0, *legal), bypassed=True)
+        return LayerChoice(layer.name, (width,), residual_of=main)
+    allowed = (b for b in legal if not config.bits or b in config.bits)
+    groups = _groups(layer, granularity)
+    return LayerChoice(layer.name, (0.0, *sorted(allowed)), groups, residual_of=main)
+
+
+def residual_widths(layer: Layer, target: TargetCapabilities) -> list[float]:
+    """Widths but 0 that the residual of a layer may have."""
+    return [b for b in target.widths_for(layer) if 0 < b <= RESIDUAL_BITS]
 
 
 def _pinned(layer: Layer, bit_width: float, legal: Sequence[float], bypassed: bool) -> float:
@@ -123,7 +155,7 @@ def _edges(graph: Graph, config: RunConfig, target: TargetCapabilities) -> tuple
             f"target {target.name!r} runs activations of {_list(target.activation_bits)} bits, "
             f"--activation-bits asks for {_list(illegal)}"
         )
-    edges = [edge for edge in activation_edges(graph) if edge.kind != "output"]
+    edges = [edge for edge in activation_edges(graph) if edge.kind not in ("output", "partial")]
     pins = _resolve_edge_pins([edge.name for edge in edges], config)
     choices = []
     for edge in edges:

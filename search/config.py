@@ -40,6 +40,7 @@ class RunConfig:
     pins: Mapping[str, float] = field(default_factory=dict)
     activation_bits: tuple[int, ...] = ()
     granularity: str = "layer"
+    dual: tuple[str, ...] = ()
     target: str = "packed"
     scheme: str = "auto"
     range_setter: str = "weighted_mse"

@@ -185,7 +185,8 @@ class RunContext:
     def channel_losses(self) -> ChannelLosses:
         """See `Context.channel_losses`."""
         if self._channel_losses is None:
-            widths = {c.name: c.bit_widths for c in self.space.layers if len(c.bit_widths) > 1}
+            layers = (c for c in self.space.layers if len(c.bit_widths) > 1 and not c.residual_of)
+            widths = {c.name: c.bit_widths for c in layers}
             self._channel_losses = self._evaluator.channel_losses(widths)
         return self._channel_losses
 

@@ -15,6 +15,7 @@ from search.durations import format_duration
 from search.engine import require_reachable
 from search.prepare import Prepared, prepare
 from search.space import SearchSpace
+from search.strategies.distortion import n_probes
 from search.tables import stdout_console
 from search.task import Task
 
@@ -130,9 +131,6 @@ def inspect_task(task: Task, config: RunConfig) -> Inspection:
     require_reachable(prepared, budgets)
     space = prepared.space
     seconds, probe_seconds = _time_evaluation(prepared)
-    groups: list[int] = [len(choice.bit_widths) for choice in space.layers]
-    groups += [len(edge.bit_widths) for edge in space.activations]
-    n_probes = sum(n for n in groups if n > 1)
     trials = config.trial_limit or DEFAULT_TRIALS
     low, high = space.smallest(), space.largest()
     graph = prepared.traced.graph
@@ -148,9 +146,9 @@ def inspect_task(task: Task, config: RunConfig) -> Inspection:
         },
         budgets=budgets,
         n_genes=sum(len(widths) > 1 for widths in space.gene_widths),
-        n_probes=n_probes,
+        n_probes=n_probes(space),
         seconds_per_evaluation=seconds,
-        expected_seconds=trials * seconds + n_probes * probe_seconds,
+        expected_seconds=trials * seconds + n_probes(space) * probe_seconds,
     )
 
 

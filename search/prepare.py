@@ -14,6 +14,7 @@ from cost_models.base import CostModel
 from cost_models.table import cost_model
 from quant_ops.bank import WeightBank
 from quant_ops.calibration import Calibration, calibrate
+from quant_ops.dual import SUFFIX
 from quant_ops.edges import activation_edges
 from quant_ops.equalize import absorb_high_biases, equalize
 from quant_ops.errors import UsageError
@@ -25,6 +26,7 @@ from search.capture import Traced, trace
 from search.choices import build_space
 from search.config import RunConfig
 from search.data import EVALUATION_BATCH, Split, batch_size, load_split
+from search.dual_layers import dual_layers, with_dual
 from search.evaluator import Evaluator
 from search.quality import QualityLoss, is_kl, metric_loss, quality_function, worst_loss
 from search.space import SearchSpace
@@ -121,9 +123,15 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
     validation = load_split(task.validation, what="validation", batch=batch)
     for split in (calibration_split, validation):
         _require_batch(split, original.static_batch)
-    space = build_space(original.graph, config)
+    space = build_space(original.graph, _of_captured(config))
     with blaming("the float model cannot be run on the task's calibration data"):
         traced, calibration = _made_easier(original, calibration_split, config)
+    moments = {} if config.recover == "none" else _moments(traced, calibration_split)
+    if config.dual:
+        # statistics stay true: what is added is 0 in the float network
+        names = dual_layers(traced, calibration, config)
+        original, traced = with_dual(original, names), with_dual(traced, names)
+        space = build_space(original.graph, config)
     splits = {
         "validation": validation,
         "search": validation.first(config.search_samples),
@@ -146,7 +154,7 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         range_setter=config.range_setter,
         activation_ranges=None if config.activation_ranges == "auto" else config.activation_ranges,
         correction=config.correction,
-        moments={} if config.recover == "none" else _moments(traced, calibration_split),
+        moments=moments,
     )
     return Prepared(task, config, traced, space, spec)
 
@@ -177,6 +185,12 @@ def _made_easier(traced: Traced, split: Split, config: RunConfig) -> tuple[Trace
     if config.correction == "analytic":
         calibration = data_free(calibration, graph, traced.params, traced.norms)
     return traced, calibration
+
+
+def _of_captured(config: RunConfig) -> RunConfig:
+    """The settings without pins of residual layers, which the captured network does not have."""
+    pins = {p: b for p, b in config.pins.items() if not (config.dual and p.endswith(SUFFIX))}
+    return replace(config, pins=pins)
 
 
 def _require_batch(split: Split, n_samples: int | None) -> None:

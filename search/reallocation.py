@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant_ops.candidate import Candidate, LayerQuant
+from quant_ops.dual import main_of, residual_of, without_unused
 from quant_ops.manifest import param_order
 from quant_ops.quantized import QuantizedLayer, QuantizedModel
 from search.allocation import allocate
@@ -61,14 +62,21 @@ def reallocated(
 
 def as_searched(model: QuantizedModel, prepared: Prepared, candidate: Candidate) -> QuantizedModel:
     """A model read from a packed file, which holds no names, under the names of the network."""
-    graph, read = prepared.traced.graph, model.graph
+    whole, read = prepared.traced.graph, model.graph
+    graph, held = without_unused(whole, candidate)
+    bank = prepared.evaluator.bank
+    absent = {
+        name: bank.layer(name, quant)
+        for name, quant in candidate.layers
+        if name not in held.assignment
+    }
     layer = {a.name: b.name for a, b in zip(read.layers, graph.layers, strict=True)}
     edge = {a.name: b.name for a, b in zip(read.nodes, graph.nodes, strict=True)}
     param = dict(zip(param_order(read), param_order(graph), strict=True))
     return QuantizedModel(
-        graph,
+        whole,
         candidate,
-        {layer[name]: quantized for name, quantized in model.layers.items()},
+        {**{layer[name]: quantized for name, quantized in model.layers.items()}, **absent},
         {edge[name]: quant for name, quant in model.activations.items()},
         {param[name]: value for name, value in model.float_params.items()},
     )
@@ -93,8 +101,12 @@ def _losses(
     prepared: Prepared, model: QuantizedModel, changes: Sequence[Mapping[str, LayerQuant]]
 ) -> list[float]:
     bank, evaluator = prepared.evaluator.bank, prepared.evaluator
+    graph = prepared.traced.graph
+    residual, main = residual_of(graph), main_of(graph)
     variants: list[dict[str, QuantizedLayer]] = []
     for change in changes:
         rounded = bank.quantize(model.candidate.replace(change))
-        variants.append({name: rounded.layers[name] for name in change})
+        # of a layer and its residual, the codes of both depend on both widths
+        beside = {residual.get(n, main.get(n, n)) for n in change} & rounded.layers.keys()
+        variants.append({name: rounded.layers[name] for name in beside | change.keys()})
     return [m.loss for m in evaluator.measure_variants(model, variants, "probe")]

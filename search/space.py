@@ -16,13 +16,15 @@ class LayerChoice:
 
     `groups` partitions the output channels when widths are chosen per group or per channel;
     empty means one width for the layer. Where `may_vanish` is false, at least one group keeps
-    a width above 0.
+    a width above 0. `residual_of` names the layer that this one is the residual of, if any
+    (`quant_ops.dual`); it comes right after that layer and its first width is 0.
     """
 
     name: str
     bit_widths: tuple[float, ...]
     groups: tuple[tuple[int, ...], ...] = ()
     may_vanish: bool = True
+    residual_of: str | None = None
 
     @property
     def n_genes(self) -> int:
@@ -109,10 +111,11 @@ class SearchSpace:
         )
 
     def uniform(self, bit_width: float) -> Candidate:
-        """The candidate nearest to `bit_width` everywhere."""
-        genome = [
-            _nearest(widths, bit_width) for widths in self.gene_widths[: self._n_weight_genes]
-        ]
+        """The candidate nearest to `bit_width` everywhere, without residual layers."""
+        genome: list[int] = []
+        for choice in self.layers:
+            wanted = 0.0 if choice.residual_of else bit_width
+            genome += [_nearest(choice.bit_widths, wanted)] * choice.n_genes
         genome += [len(edge.bit_widths) - 1 for edge in self.activations]
         return self.decode(genome)
 
@@ -134,10 +137,6 @@ class SearchSpace:
             layer.name: (layer.out_channels, layer.weights_per_channel)
             for layer in self.graph.searchable_layers
         }
-
-    @property
-    def _n_weight_genes(self) -> int:
-        return sum(choice.n_genes for choice in self.layers)
 
 
 def _nearest(widths: Sequence[float], wanted: float) -> int:

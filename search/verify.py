@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from quant_ops.dual import main_of, without_unused_layers
 from quant_ops.errors import UsageError, VerificationError
 from quant_ops.graph import Layer
 from quant_ops.packed import PackedModel
@@ -159,6 +160,7 @@ def first_difference(a: QuantizedModel, b: QuantizedModel) -> str | None:
     Layers are compared in order, since a packed file holds no names. Columns that removal
     makes absent are not compared: they are multiplied by zeros.
     """
+    a, b = without_unused_layers(a), without_unused_layers(b)
     if len(a.layers) != len(b.layers):
         return "the number of layers"
     columns = plan_removal(b.graph, b.candidate).columns
@@ -193,8 +195,11 @@ def _present(layer: Layer, quantized: QuantizedLayer, columns: Ids | None) -> ND
 
 
 def _require_same_structure(packed: PackedModel, prepared: Prepared) -> None:
-    mine = [layer.weight_shape for layer in packed.model.graph.layers]
-    wanted = [layer.weight_shape for layer in prepared.traced.graph.layers]
+    mine, wanted = (
+        # a residual layer that is not used is not in the file
+        [layer.weight_shape for layer in graph.layers if layer.name not in main_of(graph)]
+        for graph in (packed.model.graph, prepared.traced.graph)
+    )
     if mine != wanted:
         raise VerificationError(
             f"the file holds another network than task {prepared.task.name!r}: "

@@ -32,6 +32,14 @@ PinOption = Annotated[
 GranularityOption = Annotated[
     str, typer.Option("--granularity", help="One width per layer, group or channel.")
 ]
+DualOption = Annotated[
+    str,
+    typer.Option(
+        "--dual",
+        help="Layers that may be the sum of two low-bit tensors: names, which may hold * and ?, "
+        "comma-separated, or auto for the worst few.",
+    ),
+]
 TargetOption = Annotated[
     str, typer.Option("--target", help="Deployment target; see `search targets`.")
 ]
@@ -112,6 +120,7 @@ def run(
     activation_bits: ActivationOption = "",
     pin: PinOption = None,
     granularity: GranularityOption = "layer",
+    dual: DualOption = "",
     target: TargetOption = "packed",
     scheme: SchemeOption = "auto",
     range_setter: RangeOption = "weighted_mse",
@@ -179,6 +188,7 @@ def run(
         seed=seed,
         activation_bits=_activation_bits(activation_bits),
         granularity=_one_of(granularity, ("layer", "group", "channel"), "--granularity"),
+        dual=tuple(name.strip() for name in dual.split(",") if name.strip()),
         target=target,
         scheme=_one_of(scheme, ("auto", "mid_tread", "mid_rise", "affine"), "--scheme"),
         range_setter=_one_of(range_setter, tuple(RANGE_SETTERS), "--range-setter"),
@@ -209,6 +219,7 @@ def inspect(
     activation_bits: ActivationOption = "",
     pin: PinOption = None,
     granularity: GranularityOption = "layer",
+    dual: DualOption = "",
     target: TargetOption = "packed",
     as_json: JsonOption = False,
 ) -> int:
@@ -225,6 +236,7 @@ def inspect(
         activation_bits=_activation_bits(activation_bits),
         pins=_pins(pin or []),
         granularity=_one_of(granularity, ("layer", "group", "channel"), "--granularity"),
+        dual=tuple(name.strip() for name in dual.split(",") if name.strip()),
         target=target,
     )
     with ConsoleListener() as listener:

@@ -19,7 +19,7 @@ class ChannelAllocation(Strategy):
 
     The losses of a layer's channels come from gradients and are scaled such that, all channels
     at one width, they add up to the layer's own loss in the measured table. Budgets other than
-    the size are checked, not aimed at.
+    the size are checked, not aimed at. Residual layers (`--dual`) are left out.
     """
 
     name = "channel-allocation"
@@ -65,7 +65,7 @@ def allocated(
 ) -> Candidate | None:
     """The candidate of one rule of at most `size_bytes`, inside every budget, or None."""
     space = context.space
-    base = [len(widths) - 1 for widths in space.gene_widths]
+    base = space.encode(space.uniform(8))
 
     def candidate_of(choice: list[int]) -> Candidate:
         genome = list(base)
@@ -88,13 +88,13 @@ def group_tables(context: Context, table: DistortionTable) -> tuple[list[GroupTa
     """One table per gene of the layers that has a choice, and which gene it is."""
     space, statistics = context.space, context.channel_losses()
     groups, genes, gene = [], [], 0
-    for number, choice in enumerate(space.layers):
+    for choice in space.layers:
         layer = space.graph.layer_of[choice.name]
         members = choice.groups or (tuple(range(layer.out_channels)),)
         widths = np.array(choice.bit_widths, float)
-        if len(widths) > 1:
+        if len(widths) > 1 and not choice.residual_of:
             losses, spread = statistics[choice.name]
-            scale = _measured_over_predicted(table.losses[number], losses)
+            scale = _measured_over_predicted(table.layer_losses(choice.name), losses)
             for offset, channels in enumerate(members):
                 mine = list(channels)
                 groups.append(

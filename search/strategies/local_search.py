@@ -168,7 +168,7 @@ def _steps(
     """(gene, +1 or -1, bytes gained, loss gained) of every legal single step."""
     steps = []
     for gene, at in enumerate(genome):
-        loss, size = genes.losses[gene], genes.sizes[gene]
+        loss, size = genes.losses_at(gene, genome), genes.sizes[gene]
         weight = weights[genes.group_of[gene]]
         for sign in (-1, 1):
             if 0 <= at + sign < len(loss):

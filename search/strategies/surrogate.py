@@ -1,7 +1,7 @@
 """The distortion table corrected by what was measured of whole candidates."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from scipy import optimize
 
 from search.evaluation import Evaluation
 from search.space import SearchSpace
-from search.strategies.distortion import DistortionTable
+from search.strategies.distortion import DistortionTable, Group
 
 _optimize: Any = optimize  # scipy carries no types
 
@@ -20,36 +20,68 @@ OCTAVES = 0.7  # evaluations within about this factor of two in size count
 
 @dataclass(frozen=True)
 class GeneTable:
-    """The table per gene: a layer's loss and bytes are shared evenly, unless told otherwise."""
+    """The table per gene: a layer's loss and bytes are shared evenly, unless told otherwise.
+
+    Attributes:
+        group_of: (genes,) number of the gene's group.
+        losses: per gene (positions,); of a layer with a residual and of the residual itself
+            (positions, positions of the other).
+        sizes: per gene (positions,) bytes more than `base_size`.
+        base_size: bytes of the candidate that sizes are differences from.
+        partner: gene of a layer to that of its residual, and back.
+    """
 
     group_of: NDArray[np.intp]
     losses: tuple[NDArray[np.float64], ...]
     sizes: tuple[NDArray[np.float64], ...]
     base_size: float
+    partner: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, table: DistortionTable) -> "GeneTable":
         """From one group per layer and edge to one gene per channel group and edge."""
-        space = table.space
-        n_genes = [choice.n_genes for choice in space.layers] + [1] * len(space.activations)
-        group_of = np.repeat(np.arange(len(n_genes)), n_genes)
-        sizes = table.costs["size_bytes"]
+        rows: dict[int, tuple[int, NDArray[np.float64], NDArray[np.float64]]] = {}
+        partner: dict[int, int] = {}
+        per_group = zip(table.groups, table.losses, table.costs["size_bytes"], strict=True)
+        for number, (group, losses, sizes) in enumerate(per_group):
+            tables = (
+                _pair_tables(group, losses, sizes) if len(group.names) > 1 else [(losses, sizes)]
+            )
+            for (first, n_genes), (loss, size) in zip(group.genes, tables, strict=True):
+                for gene in range(first, first + n_genes):
+                    rows[gene] = (number, loss / n_genes, size / n_genes)
+            if len(group.names) > 1:
+                (main, n_genes), (residual, _) = group.genes
+                pairs = [(main + i, residual + i) for i in range(n_genes)]
+                partner |= dict(pairs) | {b: a for a, b in pairs}
+        ordered = [rows[gene] for gene in sorted(rows)]
         return cls(
-            group_of,
-            tuple(table.losses[g] / n_genes[g] for g in group_of),
-            tuple(sizes[g] / n_genes[g] for g in group_of),
+            np.array([number for number, _, _ in ordered], np.intp),
+            tuple(loss for _, loss, _ in ordered),
+            tuple(size for _, _, size in ordered),
             table.base_costs["size_bytes"],
+            partner,
         )
 
     def with_losses(self, losses: Mapping[int, NDArray[np.float64]]) -> "GeneTable":
-        """The table with other losses for some genes."""
-        return replace(
-            self, losses=tuple(losses.get(gene, loss) for gene, loss in enumerate(self.losses))
+        """The table with other losses for some genes; pairs keep theirs."""
+        found = (
+            loss if gene in self.partner else losses.get(gene, loss)
+            for gene, loss in enumerate(self.losses)
         )
+        return replace(self, losses=tuple(found))
+
+    def losses_at(self, gene: int, genome: Sequence[int]) -> NDArray[np.float64]:
+        """(positions,): losses of one gene, all others being as in the genome."""
+        loss = self.losses[gene]
+        return loss[:, genome[self.partner[gene]]] if gene in self.partner else loss
 
     def loss_by_group(self, genome: Sequence[int]) -> NDArray[np.float64]:
         """(groups,): what each layer and edge adds to the loss."""
-        values = [loss[at] for loss, at in zip(self.losses, genome, strict=True)]
+        values = [
+            0.0 if self.partner.get(gene, gene) < gene else self.losses_at(gene, genome)[at]
+            for gene, at in enumerate(genome)
+        ]
         return np.bincount(self.group_of, weights=values).astype(np.float64)
 
     def size(self, genome: Sequence[int]) -> float:
@@ -57,6 +89,31 @@ class GeneTable:
         return self.base_size + float(
             sum(size[at] for size, at in zip(self.sizes, genome, strict=True))
         )
+
+
+def _pair_tables(
+    group: Group, losses: NDArray[np.float64], sizes: NDArray[np.float64]
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Losses (own positions, the other's) and bytes (own positions) of a layer and its residual.
+
+    What is not a choice has the loss of the two widths the other way round, or else of the layer
+    alone. Bytes add up.
+    """
+    main, residual = group.widths
+    at = {choice: number for number, choice in enumerate(group.choices)}
+    number_of = {(main[i], residual[j]): n for (i, j), n in at.items()}
+    known = [
+        [
+            number_of.get((wide, narrow), number_of.get((narrow, wide), at[i, 0]))
+            for narrow in residual
+        ]
+        for i, wide in enumerate(main)
+    ]
+    both = losses[np.array(known)]
+    last = len(main) - 1
+    alone = np.array([sizes[at[i, 0]] - sizes[at[last, 0]] for i in range(len(main))])
+    beside = [sizes[at[last, j]] if (last, j) in at else sizes[-1] for j in range(len(residual))]
+    return [(both, alone), (both.T, np.array(beside))]
 
 
 def fitted_weights(
