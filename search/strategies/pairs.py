@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from quant_ops.blocks import split_into_blocks
 from quant_ops.candidate import Candidate
 from search.allocation import Choice, sweep, total, undominated
-from search.strategies.distortion import DistortionTable, group_widths
+from search.strategies.distortion import DistortionTable
 from search.strategy import Context
 
 SHARE = 0.05  # of the whole loss: what a pair term has to be able to add to be worth a probe
@@ -77,9 +77,7 @@ def with_pairs(context: Context, table: DistortionTable) -> BlockTable:
     the program does not flee to pairs that nobody measured; all in all at most twice the probes
     that single layers took.
     """
-    widths = group_widths(table.space)
-    names = [choice.name for choice in table.space.layers]
-    blocks = _blocks(context)
+    blocks = _blocks(context, table)
     left = MOST_PROBES * sum(len(group) for group in table.losses if len(group) > 1)
     terms: dict[Pair, float] = {}
     corrected = block_table(table, terms)
@@ -87,10 +85,7 @@ def with_pairs(context: Context, table: DistortionTable) -> BlockTable:
         pairs = [pair for pair in worthwhile(corrected, blocks) if pair not in terms][:left]
         if not pairs:
             break
-        changes = [
-            {names[g]: widths[g][at] for g, at in zip(pair.groups, pair.choices, strict=True)}
-            for pair in pairs
-        ]
+        changes = [_change(table, pair) for pair in pairs]
         for pair, loss in zip(pairs, context.probe(changes), strict=True):
             terms[pair] = _term(table, pair, loss)
         left -= len(pairs)
@@ -150,9 +145,16 @@ def block_table(table: DistortionTable, terms: Mapping[Pair, float]) -> BlockTab
     return BlockTable(table, tuple(members), tuple(products), tuple(losses), tables)
 
 
-def _blocks(context: Context) -> list[list[int]]:
+def _change(table: DistortionTable, pair: Pair) -> dict[str, float]:
+    first, second = (
+        table.groups[g].change(at) for g, at in zip(pair.groups, pair.choices, strict=True)
+    )
+    return first | second
+
+
+def _blocks(context: Context, table: DistortionTable) -> list[list[int]]:
     """Per block the groups of its layers that have a choice."""
-    free = {c.name: g for g, c in enumerate(context.space.layers) if len(c.bit_widths) > 1}
+    free = {g.names[0]: at for at, g in enumerate(table.groups) if len(g.choices) > 1}
     blocks = split_into_blocks(context.space.graph)
     return [[free[name] for name in block.layers if name in free] for block in blocks]
 
