@@ -31,6 +31,7 @@ class LearnedActivation(nn.Module):
     Attributes:
         log_scale: natural logarithm of the step, parameter ().
         zero_point: parameter (), real; whole in the forward pass.
+        clips: whether it is learned as a clip.
     """
 
     is_set: Tensor
@@ -50,8 +51,8 @@ class LearnedActivation(nn.Module):
         start = ActivationQuant(bit_width, signed, 1.0 if scale is None else scale, zero_point)
         self.low, self.high = start.code_range
         self._start = start
-        self._clips = rule in ("pact", "pact+") and self.low - zero_point >= 0
-        self._inside = rule != "pact" or not self._clips
+        self.clips = rule in ("pact", "pact+") and self.low - zero_point >= 0
+        self._inside = rule != "pact" or not self.clips
         self.log_scale = nn.Parameter(torch.tensor(start.scale, dtype=torch.float64).log().float())
         moves = rule == "lsq+" and (signed or zero_point != 0)
         self.zero_point = nn.Parameter(torch.tensor(float(zero_point)), requires_grad=moves)
@@ -73,8 +74,12 @@ class LearnedActivation(nn.Module):
         if self.training and not bool(self.is_set):
             self._initialize(x)
         n = max(1, x.numel() // max(1, x.shape[0]))
-        values: Tensor = _FakeQuantize.apply(x, self.log_scale, self.zero_point, self, n)
+        values: Tensor = _FakeQuantize.apply(x, self.log_scale, self.zero_point, self, n)  # type: ignore[no-untyped-call]
         return values
+
+    def clip(self) -> Tensor:
+        """The largest representable value, differentiable; pact keeps it small by a penalty."""
+        return self.log_scale.exp() * self.high
 
     def stored(self) -> ActivationQuant:
         """The quantizer as it is stored."""
@@ -110,7 +115,7 @@ class _FakeQuantize(torch.autograd.Function):
         return torch.fake_quantize_per_tensor_affine(x, scale, zero, of.low, of.high)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         of, scale = ctx.of, ctx.scale
         low, high = of.low - ctx.zero, of.high - ctx.zero
@@ -121,7 +126,7 @@ class _FakeQuantize(torch.autograd.Function):
         # outside the range the end of it, inside what rounding added
         slope = clipped.round() - at * inside if of._inside else torch.where(inside, 0.0, clipped)
         # PACT has no gradient scale; its clip is high * scale
-        factor = max(1, high) if of._clips else math.sqrt(ctx.n * max(1, high))
+        factor = max(1, high) if of.clips else math.sqrt(ctx.n * max(1, high))
         sharpness = 1 / (scale * factor)
         total = (gradient.float() * slope).sum() * sharpness
         by_zero = None

@@ -1,8 +1,5 @@
 """Exponential moving averages of parameters."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
@@ -34,26 +31,17 @@ class Averages(nn.Module):
         self.n_updates += 1
         t = int(self.n_updates)
         weight = 1 - min(self._decay, (1 + t) / (10 + t))
-        torch._foreach_lerp_(self._averages(), self._parameters(module), weight)
+        torch._foreach_lerp_(self._averages(), self._current(module), weight)
 
-    @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
-        """Within, the module's parameters are the averages."""
-        with torch.no_grad():
-            parameters = self._parameters(module)
-            kept = [p.clone() for p in parameters]
-            for p, average in zip(parameters, self._averages(), strict=True):
-                p.copy_(average)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for p, old in zip(parameters, kept, strict=True):
-                    p.copy_(old)
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Set the module's parameters to the averages."""
+        for parameter, average in zip(self._current(module), self._averages(), strict=True):
+            parameter.copy_(average)
 
     def _averages(self) -> list[Tensor]:
         return [self.get_buffer(f"average{i}") for i in range(len(self._names))]
 
-    def _parameters(self, module: nn.Module) -> list[Tensor]:
+    def _current(self, module: nn.Module) -> list[Tensor]:
         named = dict(module.named_parameters())
         return [named[name] for name in self._names]

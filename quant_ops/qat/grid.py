@@ -1,5 +1,6 @@
-"""The grid on which scales and biases are stored, in torch: what training sees is what is packed."""
+"""The grid on which scales and biases are stored, in torch: what is trained is what is packed."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +52,7 @@ class ScaleGrid(nn.Module):
         rows = self.width_of == width
         positions = self._positions(scale, bases[self.index][:, None])[rows]
         ratio = (255 - positions).to(torch.uint8).cpu().numpy()
-        return StoredScale(bases[width].cpu().numpy()[()], ratio)
+        return StoredScale(np.float32(bases[width].item()), ratio)
 
     def _largest(self, scale: Tensor) -> Tensor:
         top = scale.new_zeros(len(self.bases))

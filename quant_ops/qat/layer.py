@@ -119,7 +119,8 @@ class TrainedLayer(nn.Module):
         assert self.norm is not None
         assert self.bias is not None
         live = None if self._all_live else self.live
-        return self.norm(y, self._masked(self.bias), live)
+        normed: Tensor = self.norm(y, self._masked(self.bias), live)
+        return normed
 
     def stored(self) -> QuantizedLayer:
         """The layer as it is packed; its norm has to be folded."""
@@ -134,7 +135,7 @@ class TrainedLayer(nn.Module):
             return out
         with torch.no_grad():
             base, codes = stored_bias(self._masked(self.bias), self.bias_base)
-        stored = StoredBias(base.cpu().numpy()[()], codes.cpu().numpy().astype(np.int16))
+        stored = StoredBias(np.float32(base.item()), codes.cpu().numpy().astype(np.int16))
         return replace(out, bias=stored)
 
     def start_norm(self, mean: Tensor, var: Tensor) -> None:
@@ -174,9 +175,7 @@ class TrainedLayer(nn.Module):
         return bias if self._all_live else torch.where(self.live, bias, 0.0)
 
 
-def start_weights(
-    layer: Layer, weight: Tensor, quantized: QuantizedLayer, inside: float
-) -> Tensor:
+def start_weights(layer: Layer, weight: Tensor, quantized: QuantizedLayer, inside: float) -> Tensor:
     """(out_channels, n) weights whose nearest levels are the stored codes.
 
     The float weight where its nearest level is the stored one; elsewhere the point nearest to it

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class QuantizedNetwork(nn.Module):
             else:
                 self.register_buffer(f"float{position}", value)
         self.register_buffer("has_norms", torch.zeros(len(self.layers), dtype=torch.bool))
-        self.register_load_state_dict_pre_hook(_with_the_norms_of)
+        self.register_load_state_dict_pre_hook(_with_the_norms_of)  # type: ignore[no-untyped-call]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Outputs in the order of the graph; differentiable where gradients are enabled."""
@@ -169,6 +170,17 @@ class QuantizedNetwork(nn.Module):
                 out[layer.bias] = bias
         return {name: tensor.cpu() for name, tensor in out.items()}
 
+    def layer_outputs(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Layer name to its output at its last call, norm included, in the order of calls."""
+        outputs: dict[str, Tensor] = {}
+        transforms = self._transforms()
+        for name in self.layer_names:
+            for site in self.graph.layer_of[name].sites:
+                transforms[site] = _chained(transforms.get(site), partial(_keep, outputs, name))
+        with torch.no_grad():
+            self._executor.apply(self._params(), inputs, transforms)
+        return outputs
+
     def _params(self) -> dict[str, Any]:
         out: dict[str, Any] = dict(self._floats())
         for name, trained in self.trained_layers().items():
@@ -204,11 +216,17 @@ class QuantizedNetwork(nn.Module):
                 for name in names:
                     site = self.graph.layer_of[name].sites[0]
                     step = _Observed(layers[name], sums[name])
-                    edges = [m for (_, n), m in zip(self._edges, self.activations) if n == site]
-                    transforms[site] = _chained(step, edges[0]) if edges else step
+                    quantizer = self._quantizer_at(site)
+                    transforms[site] = step if quantizer is None else _chained(step, quantizer)
                 given = [x.to(device) for x in inputs]
                 self._executor.apply(self._params(), given, transforms)
         return sums
+
+    def _quantizer_at(self, node: int) -> nn.Module | None:
+        for (_, at), module in zip(self._edges, self.activations, strict=True):
+            if at == node:
+                return module
+        return None
 
     def _add_norm(self, position: int) -> None:
         trained = self.layers[position]
@@ -242,6 +260,11 @@ class _Observed:
         finally:
             norm.train(was_training)
             norm.restart(*kept)
+
+
+def _keep(outputs: dict[str, Tensor], name: str, y: Tensor) -> Tensor:
+    outputs[name] = y
+    return y
 
 
 def _may_be_normed(trained: TrainedLayer) -> bool:

@@ -90,7 +90,11 @@ class LearnedStep(nn.Module):
 
     @classmethod
     def from_weights(
-        cls, weights: Tensor, bit_widths: Sequence[float], *, scheme: str = "mid_tread",
+        cls,
+        weights: Tensor,
+        bit_widths: Sequence[float],
+        *,
+        scheme: str = "mid_tread",
         rule: str = "lsq",
     ) -> Self:
         """Steps of 2 mean|w| / sqrt(largest code), the paper's start; no bias.
@@ -117,7 +121,7 @@ class LearnedStep(nn.Module):
     def forward(self, weights: Tensor) -> Tensor:
         """(out_channels, n) the values the codes stand for. `weights`: the same shape."""
         step, scale = self._steps(weights)
-        values: Tensor = _Quantize.apply(weights, self.log_step, step, scale, self)
+        values: Tensor = _Quantize.apply(weights, self.log_step, step, scale, self)  # type: ignore[no-untyped-call]
         return values
 
     def codes(self, weights: Tensor) -> Tensor:
@@ -216,7 +220,7 @@ class _Quantize(torch.autograd.Function):
         return ((codes + of.per_row(of.offset)) * scale).reshape(weights.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, codes, step, scale = ctx.saved_tensors
         of: LearnedStep = ctx.of
         offset = of.per_row(of.offset)
