@@ -126,7 +126,7 @@ class _FakeQuantize(torch.autograd.Function):
         # outside the range the end of it, inside what rounding added
         slope = clipped.round() - at * inside if of._inside else torch.where(inside, 0.0, clipped)
         # PACT has no gradient scale; its clip is high * scale
-        factor = max(1, high) if of.clips else math.sqrt(ctx.n * max(1, high))
+        factor = max(1, high) ** 2 if of.clips else math.sqrt(ctx.n * max(1, high))
         sharpness = 1 / (scale * factor)
         total = (gradient.float() * slope).sum() * sharpness
         by_zero = None

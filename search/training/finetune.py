@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from quant_ops.correction import reestimate_norms
 from quant_ops.distill import DistillationSettings, distill, kl_loss, squared_loss
@@ -27,14 +26,13 @@ from search.settings import settings_of
 from search.task import Task
 from search.training.device import training_device
 from search.training.loader import EpochLoader
-from search.training.log import read_log
+from search.training.log import LOGS, TRAINED
 from search.training.objective import Objective
 from search.training.pace import steps_within
 from search.training.settings import SETTINGS_OF, TrainingSettings
 from search.training.trainer import Hooks, Trainer
 
 RECIPE = "finetune"
-TRAINED = "training"  # fact beside a trained trial: its settings, and why it stopped early
 MAX_POINTS = 4  # of the front, where no size is asked for: they share the time
 
 
@@ -94,7 +92,7 @@ class Finetuning:
     def _train(self, point: Evaluation) -> Evaluation:
         folder = self._context.folder(RECIPE)
         checkpoint = folder / f"{point.trial}.safetensors"
-        log = self._context.run_folder / "training" / f"{point.trial}.jsonl"
+        log = self._context.run_folder / LOGS / f"{point.trial}.jsonl"
         trainer = self._trainer(
             self._start_of(point), self._settings, checkpoint=checkpoint, log=log
         )
@@ -241,9 +239,3 @@ def _worth_training(evaluations: Sequence[Evaluation], info: FrontInfo) -> list[
     asked = [front.best(size) for size in info.budgets.sizes if size >= smallest]
     chosen = asked or thinned(front.points, MAX_POINTS)
     return sorted({e.trial: e for e in chosen}.values(), key=lambda e: e.size_bytes)
-
-
-def training_rows(folder: Path, record: Record, trial: int) -> list[dict[str, Any]]:
-    """The log of a trained trial, [] of any other."""
-    fact = record.facts(TRAINED).get(trial)
-    return [] if fact is None else read_log(folder / "training" / fact["log"])

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.journal import writing
+from search.record import Record
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Row = dict[str, Any]
+TRAINED = "training"  # fact beside a trained trial: steps, name of its log, why it stopped early
+LOGS = "training"  # folder of the logs in that of the run
 
 
 class TrainingLog:
@@ -51,6 +54,12 @@ def read_log(path: Path | None) -> list[Row]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def training_rows(folder: Path, record: Record, trial: int) -> list[Row]:
+    """The log of a trained trial of the run in `folder`, [] of any other."""
+    fact = record.facts(TRAINED).get(trial)
+    return [] if fact is None else read_log(folder / LOGS / fact["log"])
 
 
 def training_figure(rows: Sequence[Row], title: str) -> "go.Figure":

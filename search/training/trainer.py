@@ -1,6 +1,7 @@
 """The training loop: one for finetuning at given widths and for widths that are learned."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +34,8 @@ from search.training.log import TrainingLog
 from search.training.objective import Objective
 from search.training.settings import TrainingSettings
 
-CHECKPOINT_S = 30.0  # at most a minute is lost, the writing included
+# seconds between checkpoints: at most a minute is lost, the writing included
+CHECKPOINT_S = float(os.environ.get("BITFRONT_CHECKPOINT_S", "30"))
 _LOGGED_STEPS = 100  # a row of the log at least that often
 
 Penalty = Callable[[QuantizedNetwork, float], Tensor]
@@ -157,9 +159,7 @@ class Trainer:
         value = float(loss.detach())
         if math.isfinite(value):
             loss.backward()  # type: ignore[no-untyped-call]
-            limit = settings.clip or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), limit, foreach=True)
-        if not math.isfinite(value) or not math.isfinite(float(norm)):
+        if not math.isfinite(value) or not clipped(network, settings.clip):
             self._stop(value, batch)
             return value
         self._optimizer.step()
@@ -305,6 +305,17 @@ def make_optimizer(network: nn.Module, settings: TrainingSettings) -> torch.opti
             groups, settings.peak_rate, momentum=0.9, nesterov=True, foreach=True
         )
     return torch.optim.AdamW(groups, settings.peak_rate, foreach=True)
+
+
+def clipped(network: nn.Module, limit: float) -> bool:
+    """Bring the gradient's norm down to `limit` (0: leave it); False where it is not finite."""
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if not bool(torch.isfinite(norm)):
+        return False
+    if limit:
+        torch.nn.utils.clip_grads_with_norm_(network.parameters(), limit, norm, foreach=True)
+    return True
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
