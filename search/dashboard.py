@@ -86,8 +86,8 @@ def annotate(record: Record, front: ParetoFront, folder: Path | None = None) -> 
     for rank, e in enumerate(_shown(front)):
         plot_id = f"bit-widths-{rank:02d}"  # by rank, so that a later front replaces this one
         save_plotly_graph_object(study, _trial_bits(front, e), graph_object_id=plot_id)
-    for e in front.points if folder is not None else ():
-        rows = training_rows(folder, record, e.trial)
+    for e in front.points:
+        rows = [] if folder is None else training_rows(folder, record, e.trial)
         if rows:
             figure = training_figure(rows, f"training of trial {e.trial}")
             save_plotly_graph_object(study, figure, graph_object_id=f"training-{e.trial}")

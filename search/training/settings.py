@@ -35,6 +35,7 @@ class TrainingSettings:
         inside: how far from its code, in steps, a weight that was rounded to another level starts.
         reestimate: set mean and spread of every channel to the float network's at the end.
         last_epochs: of label-free distillation of scales and biases over the calibration data.
+        checkpoint_s: seconds between checkpoints: what a killed training loses at most.
         precision: of the forward and backward pass; auto is float32 on a CPU, bfloat16 on a GPU.
     """
 
@@ -58,6 +59,7 @@ class TrainingSettings:
     reestimate: bool = False
     last_epochs: float = 0.0
     precision: str = "auto"
+    checkpoint_s: float = 30.0
 
     def __post_init__(self) -> None:
         chosen = {

@@ -1,7 +1,6 @@
 """The training loop: one for finetuning at given widths and for widths that are learned."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -34,8 +33,6 @@ from search.training.log import TrainingLog
 from search.training.objective import Objective
 from search.training.settings import TrainingSettings
 
-# seconds between checkpoints: at most a minute is lost, the writing included
-CHECKPOINT_S = float(os.environ.get("BITFRONT_CHECKPOINT_S", "30"))
 _LOGGED_STEPS = 100  # a row of the log at least that often
 
 Penalty = Callable[[QuantizedNetwork, float], Tensor]
@@ -131,7 +128,7 @@ class Trainer:
                     break
                 self._count(position, loss)
                 self.hooks.on_progress(progress.step, self._settings.steps, loss)
-                if time.monotonic() - saved > CHECKPOINT_S:
+                if time.monotonic() - saved >= self._settings.checkpoint_s:
                     self.save()
                     saved = time.monotonic()
         if self.stopped:

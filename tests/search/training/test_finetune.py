@@ -29,7 +29,7 @@ def run_folder(tiny, search_command, tmp_path_factory):
     more = ("--set", "finetune.steps=60", "--set", "finetune.distill=1.0")
     finished = search_command(*run_arguments(tiny, folder, *more))
     assert finished.code == 0, finished.stderr
-    assert "training trial 1 (1 of 1, 60 steps)" in finished.stderr
+    assert "(1 of 1, 60 steps)" in finished.stderr
     return folder
 
 
@@ -37,7 +37,7 @@ def test_a_trained_trial_is_better_than_the_recovered_one_and_packed_as_recorded
     record = Record.open(run_folder)
     trained = next(e for e in record.evaluations() if e.recipe == RECIPE)
     parent = next(e for e in record.evaluations() if e.trial == trained.parent)
-    assert parent.recipe == "fast"
+    assert parent.recipe in ("", "fast")
     assert trained.loss < parent.loss
     assert (trained.candidate, trained.size_bytes) == (parent.candidate, parent.size_bytes)
     packed = PackedModel.load(packed_path(run_folder, trained.trial))
@@ -47,27 +47,41 @@ def test_a_trained_trial_is_better_than_the_recovered_one_and_packed_as_recorded
     assert not list((run_folder / "checkpoints").rglob("*.safetensors"))
 
 
+def trained_trial(record):
+    return next(e.trial for e in record.evaluations() if e.recipe == RECIPE)
+
+
 def test_the_training_is_shown_on_the_dashboard(run_folder):
     record = Record.open(run_folder)
     annotate(record, ParetoFront.load(run_folder / "front.json"), run_folder)
-    stored = [k for k in record.study().system_attrs if "training-2" in k]
-    assert stored
+    attributes = record.storage.get_study_system_attrs(record.study()._study_id)
+    assert any(f"training-{trained_trial(record)}" in key for key in attributes)
 
 
-def test_one_trial_is_trained_further(run_folder, capsys):
-    arguments = ["recover", str(run_folder), "--trial", "1", "--set", "finetune.steps=5", "--json"]
+def test_one_trial_is_trained_on_request(run_folder, capsys):
+    trial = trained_trial(Record.open(run_folder))
+    arguments = [
+        "recover",
+        str(run_folder),
+        "--trial",
+        str(trial),
+        "--set",
+        "finetune.steps=5",
+        "--json",
+    ]
     assert main(arguments) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["recipe"] == RECIPE
 
 
+@pytest.mark.slow
 def test_killed_in_training_and_resumed_it_ends_with_the_same_weights(
     tiny, search_process, search_command, tmp_path
 ):
-    steps = ("--set", "finetune.steps=400", "--set", "finetune.distill=0")
+    steps = ("--set", "finetune.steps=150", "--set", "finetune.checkpoint_s=0")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert search_command(*run_arguments(tiny, whole, *steps)).code == 0
-    with search_process(*run_arguments(tiny, killed, *steps), BITFRONT_CHECKPOINT_S="0") as process:
+    with search_process(*run_arguments(tiny, killed, *steps)) as process:
         until = time.monotonic() + 200
         while not list(killed.rglob("checkpoints/finetune/*.safetensors")):
             assert process.poll() is None, process.stderr.read()

@@ -13,7 +13,6 @@ from search.config import RunConfig
 from search.evaluation import Evaluation
 from search.prepare import prepare
 from search.task import Task
-from search.training import trainer as trainer_module
 from search.training.checkpoint import read_checkpoint, write_checkpoint
 from search.training.device import training_device
 from search.training.loader import EpochLoader, Position
@@ -222,7 +221,3 @@ def test_what_counts_as_trained():
     candidate = None
     for recipe, trained in {"": False, "fast": False, "full": False, "finetune": True}.items():
         assert Evaluation(candidate, 0.0, None, {}, recipe=recipe).is_trained is trained
-
-
-def test_checkpoints_are_at_most_a_minute_apart():
-    assert trainer_module.CHECKPOINT_S < 60
