@@ -50,7 +50,8 @@ class Oscillations(nn.Module):
         move = (codes - self.last_codes).sign()
         against = move * self.last_move < 0
         self.frequency.lerp_(against.float(), self._momentum)
-        self.mean_code.lerp_(codes, self._momentum)
+        followed = self.mean_code.lerp(codes, self._momentum)
+        self.mean_code.copy_(torch.where(self.frozen, self.mean_code, followed))
         self.last_move.copy_(torch.where(move != 0, move, self.last_move))
         if threshold < 1:
             self.frozen |= self.frequency > threshold

@@ -26,7 +26,14 @@ def run_arguments(tiny, out, *more):
 @pytest.fixture(scope="module")
 def run_folder(tiny, search_command, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    more = ("--set", "finetune.steps=60", "--set", "finetune.distill=1.0")
+    more = (
+        "--set",
+        "finetune.steps=60",
+        "--set",
+        "finetune.distill=1.0",
+        "--set",
+        "finetune.rate=0.001",
+    )
     finished = search_command(*run_arguments(tiny, folder, *more))
     assert finished.code == 0, finished.stderr
     assert "(1 of 1, 60 steps)" in finished.stderr

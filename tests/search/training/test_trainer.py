@@ -19,7 +19,7 @@ from search.training.loader import EpochLoader, Position
 from search.training.log import TrainingLog, read_log, training_figure
 from search.training.objective import Objective
 from search.training.pace import steps_within
-from search.training.settings import TrainingSettings
+from search.training.settings import OPTIMIZERS, TrainingSettings
 from search.training.trainer import Hooks, Trainer
 
 STEPS = 24
@@ -31,7 +31,8 @@ def prepared(tiny_tasks):
 
 
 def make(prepared, *, task=None, width=2, hooks=None, checkpoint=None, log=None, **settings):
-    settings = TrainingSettings(**{"steps": STEPS, **settings})
+    rate = OPTIMIZERS[settings.get("optimizer", "adamw")]
+    settings = TrainingSettings(**{"steps": STEPS, "rate": rate, **settings})
     traced, batches = prepared.traced, prepared.spec.splits["calibration"].batches
     start = prepared.evaluator.bank.quantize(prepared.space.uniform(width))
     network = QuantizedNetwork(traced.graph, traced.params, start)
