@@ -24,6 +24,7 @@ from search.record import Record
 from search.reopened import reopen
 from search.settings import settings_of
 from search.task import Task
+from search.training.checkpoint import read_checkpoint
 from search.training.device import training_device
 from search.training.loader import EpochLoader
 from search.training.log import LOGS, TRAINED
@@ -58,15 +59,20 @@ class Finetuning:
         self._norm_batches = prepared.spec.splits["calibration"].batches
 
     def finetune(self, points: Sequence[Evaluation], seconds: float | None) -> list[Evaluation]:
-        """Train each point as far as it is not trained already; they share the time.
+        """Train those points that no trained trial names as its parent; they share the time.
 
         Raises:
             UsageError: neither a time nor a number of steps is given.
         """
         known = {e.parent: e for e in self._record.evaluations() if e.recipe == RECIPE}
-        todo = [point for point in points if point.trial not in known]
+        return self.train([p for p in points if p.trial not in known], seconds, len(points))
+
+    def train(
+        self, todo: Sequence[Evaluation], seconds: float | None, n_points: int = 1
+    ) -> list[Evaluation]:
+        """Train these points, `n_points` of which share the time."""
         if todo and not self._settings.steps:
-            self._settle_steps(todo[0], seconds, len(points))
+            self._settle_steps(todo[0], seconds, n_points)
         out = []
         for number, point in enumerate(todo, start=1):
             self._context.listener.on_phase(
@@ -77,6 +83,11 @@ class Finetuning:
         return out
 
     def _settle_steps(self, point: Evaluation, seconds: float | None, n_points: int) -> None:
+        begun = self._checkpoint(point)
+        if begun.exists():  # a training that was killed goes on with the steps it had
+            _, state = read_checkpoint(begun)
+            self._settings = replace(self._settings, steps=state["settings"]["steps"])
+            return
         if seconds is None:
             raise UsageError("training needs a time or --set finetune.steps=N; give --finetune 30m")
         self._context.listener.on_phase("timing a few training steps")
@@ -90,8 +101,7 @@ class Finetuning:
         )
 
     def _train(self, point: Evaluation) -> Evaluation:
-        folder = self._context.folder(RECIPE)
-        checkpoint = folder / f"{point.trial}.safetensors"
+        checkpoint = self._checkpoint(point)
         log = self._context.run_folder / LOGS / f"{point.trial}.jsonl"
         trainer = self._trainer(
             self._start_of(point), self._settings, checkpoint=checkpoint, log=log
@@ -106,6 +116,9 @@ class Finetuning:
         self._record.add_fact(evaluation.trial, TRAINED, facts)
         checkpoint.unlink(missing_ok=True)
         return evaluation
+
+    def _checkpoint(self, point: Evaluation) -> Path:
+        return self._context.folder(RECIPE) / f"{point.trial}.safetensors"
 
     def _trainer(
         self,
@@ -226,7 +239,7 @@ def finetune_trial(
     changes = {"settings": {**own, **(settings or {})}, "device": device, "finetune_s": seconds}
     run = reopen(folder, data=data, changes=changes, listener=listener)
     finetuning = Finetuning(run.prepared, run.context, run.record)
-    (evaluation,) = finetuning.finetune([run.trial(trial)], seconds)
+    (evaluation,) = finetuning.train([run.trial(trial)], seconds)
     run.write_front()
     return evaluation
 

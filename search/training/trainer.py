@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from quant_ops.errors import UsageError
 from quant_ops.qat.activations import LearnedActivation
 from quant_ops.qat.averages import Averages
 from quant_ops.qat.network import QuantizedNetwork
@@ -266,6 +267,15 @@ class Trainer:
         return {"progress": progress, "settings": asdict(self._settings), "stopped": self.stopped}
 
     def _load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        now = asdict(self._settings)
+        differ = [
+            k for k, v in state["settings"].items() if k != "checkpoint_s" and now.get(k) != v
+        ]
+        if differ:
+            raise UsageError(
+                f"the checkpoint {self._path} is of a training with other settings "
+                f"({', '.join(differ)}); give those again, or delete it to train from the start"
+            )
         progress = dict(state["progress"])
         position = Position(**progress.pop("position"))
         self._progress = _Progress(position=position, **progress)

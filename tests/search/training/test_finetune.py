@@ -79,6 +79,8 @@ def test_one_trial_is_trained_on_request(run_folder, capsys):
     assert main(arguments) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["recipe"] == RECIPE
+    assert main(arguments) == 0  # again, as a further trial
+    assert json.loads(capsys.readouterr().out)["trial"] > row["trial"]
 
 
 @pytest.mark.slow

@@ -95,6 +95,12 @@ def test_killed_and_resumed_it_ends_with_the_same_codes(prepared, tmp_path, at, 
     assert read_log(log) == read_log(tmp_path / "whole.jsonl")
 
 
+def test_a_checkpoint_of_other_settings_is_refused(prepared, tmp_path):
+    make(prepared, checkpoint=tmp_path / "c").save()
+    with pytest.raises(UsageError, match=r"other settings \(distill\)"):
+        make(prepared, checkpoint=tmp_path / "c", distill=0.25)
+
+
 def test_training_twice_gives_the_same_codes_and_leaves_random_states(prepared):
     torch.manual_seed(5)
     first = packed(make(prepared))
