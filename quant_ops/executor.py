@@ -61,6 +61,12 @@ class Executor:
         with torch.inference_mode():
             return self._run(params, inputs, transforms or {}, frozenset(keep), start, values or {})
 
+    def apply(
+        self, params: Params, inputs: Sequence[Tensor], transforms: Mapping[int, Transform]
+    ) -> tuple[Tensor, ...]:
+        """Outputs; differentiable where the caller has gradients enabled."""
+        return self._run(params, inputs, transforms, frozenset(), 0, {})[0]
+
     def run_with_grad(
         self, params: Params, inputs: Sequence[Tensor], transforms: Mapping[int, Transform]
     ) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from search.context import Listener
 from search.engine import run_search
 from search.evaluation import Evaluation
 from search.finish import packed_path
-from search.front import ParetoFront
+from search.front import ParetoFront, best_of
 from search.task import Task
 
 
@@ -22,6 +22,7 @@ class Front:
 
     folder: Path
     points: tuple[Evaluation, ...]
+    trained_apart: bool = False
 
     def __len__(self) -> int:
         return len(self.points)
@@ -41,13 +42,13 @@ class Front:
     def best_point(self, size: str | int | None = None) -> Evaluation:
         """The evaluation behind `best`."""
         limit = parse_size(size) if isinstance(size, str) else size
-        inside = [p for p in self.points if limit is None or p.size_bytes <= limit]
-        if not inside:
+        found = best_of(self.points, limit, trained_apart=self.trained_apart)
+        if found is None:
             smallest = min((p.size_bytes for p in self.points), default=0)
             raise NothingFeasibleError(
                 f"no point of the front fits {limit:,} bytes; the smallest has {smallest:,}"
             )
-        return min(inside, key=lambda p: (p.loss, p.size_bytes))
+        return found
 
     def plot(self) -> Path:
         """The picture of the front, a PNG in the run's folder."""
@@ -99,10 +100,11 @@ def run(
     finished = run_search(task, asked, folder, listener=listener, resume=resume)
     if not finished.front.points:
         raise NothingFeasibleError(f"no evaluated candidate of {folder} meets every budget")
-    return Front(folder, tuple(finished.front.points))
+    return Front(folder, finished.front.points, finished.front.info.trained_apart)
 
 
 def load(folder: str | Path) -> Front:
     """The front of a finished run."""
     path = Path(folder)
-    return Front(path, tuple(ParetoFront.load(path / "front.json").points))
+    front = ParetoFront.load(path / "front.json")
+    return Front(path, front.points, front.info.trained_apart)

@@ -51,6 +51,8 @@ class RunConfig:
     distortion: str = "exact"
     early_stop: bool = True
     recover: str = "none"
+    finetune_s: float | None = None
+    device: str = "auto"
     workers: int = 0
     ray_address: str | None = None
     threads: int = 0
@@ -64,6 +66,11 @@ class RunConfig:
         if self.trials is not None:
             return self.trials
         return None if self.time_limit_s is not None else DEFAULT_TRIALS
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether finished points are trained."""
+        return self.finetune_s is not None or "finetune.steps" in self.settings
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value."""
@@ -112,6 +119,17 @@ def write_config(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> N
         "environment": environment(),
         **facts,
     }
+    write_text(folder / "config.json", json.dumps(content, indent=1) + "\n")
+
+
+def store_settings(folder: Path, settings: Mapping[str, str]) -> None:
+    """Add to the stored settings of a run what was found out on the way.
+
+    Raises:
+        EnvironmentFault: the folder cannot be written.
+    """
+    _, content = read_config(folder)
+    content["asked"]["settings"] |= settings
     write_text(folder / "config.json", json.dumps(content, indent=1) + "\n")
 
 

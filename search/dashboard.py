@@ -12,6 +12,7 @@ from search.evaluation import Evaluation
 from search.front import ParetoFront
 from search.point_row import cell_texts
 from search.record import Record
+from search.training.log import training_figure, training_rows
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -48,7 +49,7 @@ def serve(
     """
     record = Record.open(folder, storage=storage, name=name)
     if (folder / FRONT_FILE).exists():
-        annotate(record, ParetoFront.load(folder / FRONT_FILE))
+        annotate(record, ParetoFront.load(folder / FRONT_FILE), folder)
     from wsgiref.simple_server import WSGIRequestHandler, make_server
 
     class QuietHandler(WSGIRequestHandler):
@@ -66,8 +67,11 @@ def serve(
         server.serve_forever()
 
 
-def annotate(record: Record, front: ParetoFront) -> bool:
-    """Store notes and plots of the front in the study, once per front; says whether it did."""
+def annotate(record: Record, front: ParetoFront, folder: Path | None = None) -> bool:
+    """Store notes and plots of the front in the study, once per front; says whether it did.
+
+    With the run's folder, trained points also get a plot of their training.
+    """
     from optuna_dashboard import save_note, save_plotly_graph_object
 
     digest = hashlib.blake2b(json.dumps(front.to_json()).encode(), digest_size=8).hexdigest()
@@ -82,6 +86,11 @@ def annotate(record: Record, front: ParetoFront) -> bool:
     for rank, e in enumerate(_shown(front)):
         plot_id = f"bit-widths-{rank:02d}"  # by rank, so that a later front replaces this one
         save_plotly_graph_object(study, _trial_bits(front, e), graph_object_id=plot_id)
+    for e in front.points:
+        rows = [] if folder is None else training_rows(folder, record, e.trial)
+        if rows:
+            figure = training_figure(rows, f"training of trial {e.trial}")
+            save_plotly_graph_object(study, figure, graph_object_id=f"training-{e.trial}")
     study.set_user_attr(_ANNOTATED, digest)
     return True
 

@@ -25,9 +25,10 @@ from search.report import float_test_of, known_test_metrics
 from search.runners.base import Runner
 from search.runners.in_process import InProcess
 from search.show import read_front, write_unfinished
-from search.strategies.table import RECOVERY, make_strategy, parse_settings
+from search.strategies.table import NO_STRATEGIES, make_strategy, parse_settings
 from search.strategy import SearchOver
 from search.task import Task
+from search.training.finetune import finetune_front, require_training
 
 CHECKED = "checked"  # fact beside a trial: quality of the re-read file on all of validation
 RESOLVE_TRIALS = 24  # evaluations spent on a new question put to a finished run
@@ -72,6 +73,8 @@ def run_search(
     budgets = asked.limits
     require_reachable(prepared, budgets)
     _require_strategies(config)
+    if config.finetunes:
+        require_training(task, config)
     listener.on_phase("measuring the float model")
     require_sound_float(prepared)
     info = front_info(prepared, asked)
@@ -106,6 +109,8 @@ def run_search(
         if config.recover != "none":
             recover_front(prepared, context, record, info)
         _write_config(prepared, folder, answered=config)
+        if config.finetunes:
+            finetune_front(prepared, context, record, info)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -193,6 +198,7 @@ def front_info(prepared: Prepared, budgets: Budgets) -> FrontInfo:
         float_size_bytes=prepared.traced.float_bytes,
         scale=HypervolumeScale(low, max(high, low + 1), prepared.worst_loss()),
         budgets=budgets,
+        trained_apart=task.validation_seen_in_training,
     )
 
 
@@ -255,7 +261,7 @@ def _require_strategies(config: RunConfig) -> None:
     """Refuse unknown strategies and settings before anything is written or measured."""
     settings = _settings_of(config)
     recovery_settings(config)
-    for name in {*config.strategies, *settings} - {RECOVERY}:
+    for name in {*config.strategies, *settings} - set(NO_STRATEGIES):
         strategy = make_strategy(name, settings.get(name))
         if getattr(strategy.settings, "pairs", False) and config.distortion != "exact":
             raise UsageError(

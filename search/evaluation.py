@@ -10,6 +10,7 @@ from quant_ops.candidate import Candidate
 
 SAMPLES, SAMPLES_LEFT = "samples", "samples left"  # notes of a stopped evaluation
 ESTIMATE = "estimated loss"
+CALIBRATED = ("", "none", "fast", "full")  # recipes that see no training data
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,11 @@ class Evaluation:
     pruned: bool = False
     notes: Mapping[str, float] = field(default_factory=dict)
     sample_losses: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the weights were learned from training data, not from calibration alone."""
+        return self.recipe not in CALIBRATED
 
     @property
     def size_bytes(self) -> int:

@@ -15,6 +15,7 @@ from search.dominance import REFERENCE_POINT, HypervolumeScale, non_dominated
 from search.evaluation import Evaluation, share_saved, within
 
 FORMAT, VERSION = "bitfront-front", 1
+FRONT, TRAINED_FRONT = "front", "front, trained"
 BASELINES = ("uniform", "rate-distortion")
 
 
@@ -30,6 +31,8 @@ class FrontInfo:
         float_size_bytes: parameters of the float model.
         scale: constants of the hypervolume.
         budgets: what was asked.
+        trained_apart: the float model was trained on validation inputs, so that trained points
+            and those that saw calibration inputs alone cannot be ranked on them: two fronts.
     """
 
     task: str
@@ -42,6 +45,7 @@ class FrontInfo:
     scale: HypervolumeScale
     budgets: Budgets = field(default_factory=lambda: Budgets({}))
     float_test: float | None = None
+    trained_apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class ParetoFront:
     """Non-dominated evaluations inside every budget, sorted by size_bytes.
 
     Attributes:
-        points: the front; losses fall strictly as sizes grow.
+        points: the front; losses fall strictly as sizes grow, of trained points and of the others
+            each on its own where the info says `trained_apart`.
         baselines: uniform and rate-distortion evaluations, each strategy's own front.
         n_evaluations: complete and pruned ones behind it.
         n_stopped: the pruned ones: given up early.
@@ -88,11 +93,11 @@ class ParetoFront:
             seconds: wall time so far.
         """
         inside = [e for e in evaluations if within(info.budgets.limits, e.costs)]
-        points = non_dominated(inside)
+        points = _points(inside, info.trained_apart)
         baselines = [
             e
             for strategy in BASELINES
-            for e in non_dominated([e for e in evaluations if e.strategy == strategy])
+            for e in _points([e for e in evaluations if e.strategy == strategy], info.trained_apart)
         ]
         mean_bits: dict[int, float] = {}
         for e in (*points, *baselines):
@@ -111,11 +116,25 @@ class ParetoFront:
 
     @property
     def hypervolume(self) -> float:
-        """In [0, 1], on the task's constants."""
-        return self.info.scale.hypervolume(self.points)
+        """In [0, 1], on the task's constants; of two fronts the larger."""
+        return self.hypervolume_on(self.info.scale)
+
+    def hypervolume_on(self, scale: HypervolumeScale) -> float:
+        """The hypervolume on other constants."""
+        return max((scale.hypervolume(part) for part in self.parts().values()), default=0.0)
+
+    def parts(self) -> dict[str, list[Evaluation]]:
+        """Names of fronts to points: trained ones apart where they must not be ranked together."""
+        if not self.info.trained_apart:
+            return {FRONT: list(self.points)} if self.points else {}
+        parts = _kinds(self.points, True)
+        return {TRAINED_FRONT if part[0].is_trained else FRONT: part for part in parts}
 
     def best(self, size: str | int | None = None) -> Evaluation:
         """The point of lowest loss at or under `size` ("2MB" or bytes); None: under the budgets.
+
+        Where trained points are a front of their own, the larger of the two fronts' points is
+        taken, the trained one at equal size: a point is trained from one of its own size.
 
         Raises:
             NothingFeasibleError: every point is larger, or there are none.
@@ -123,9 +142,9 @@ class ParetoFront:
         """
         self._require_points()
         limit = parse_size(size) if isinstance(size, str) else size
-        fitting = [e for e in self.points if limit is None or e.size_bytes <= limit]
-        if fitting:
-            return fitting[-1]
+        found = best_of(self.points, limit, trained_apart=self.info.trained_apart)
+        if found is not None:
+            return found
         assert limit is not None
         raise NothingFeasibleError(
             f"no model at or under {format_size(limit)}: the front reaches from "
@@ -205,6 +224,7 @@ class ParetoFront:
             },
             "budgets": info.budgets.limits,
             "requested": {name: list(limits) for name, limits in info.budgets.requested.items()},
+            "trained_apart": info.trained_apart,
             "hypervolume": {
                 "value": self.hypervolume,
                 "reference_point": list(REFERENCE_POINT),
@@ -301,6 +321,29 @@ class ParetoFront:
         }
 
 
+def best_of(
+    points: Sequence[Evaluation], limit: float | None, *, trained_apart: bool
+) -> Evaluation | None:
+    """The point of lowest loss at or under `limit` bytes; see `ParetoFront.best`."""
+    fitting = [e for e in points if limit is None or e.size_bytes <= limit]
+    best = [
+        min(part, key=lambda e: (e.loss, e.size_bytes)) for part in _kinds(fitting, trained_apart)
+    ]
+    return max(best, key=lambda e: (e.size_bytes, e.is_trained), default=None)
+
+
+def _points(evaluations: Sequence[Evaluation], trained_apart: bool) -> list[Evaluation]:
+    parts = [non_dominated(part) for part in _kinds(evaluations, trained_apart)]
+    return sorted((e for part in parts for e in part), key=lambda e: (e.size_bytes, e.is_trained))
+
+
+def _kinds(evaluations: Sequence[Evaluation], trained_apart: bool) -> list[list[Evaluation]]:
+    if not trained_apart:
+        return [list(evaluations)] if evaluations else []
+    parts = [[e for e in evaluations if e.is_trained is kind] for kind in (False, True)]
+    return [part for part in parts if part]
+
+
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
@@ -319,6 +362,7 @@ def _info_from_json(value: Mapping[str, Any]) -> FrontInfo:
         scale=HypervolumeScale(smallest, largest, scale["loss"][1]),
         budgets=Budgets({name: tuple(limits) for name, limits in value["requested"].items()}),
         float_test=value["float"]["test"],
+        trained_apart=value.get("trained_apart", False),
     )
 
 

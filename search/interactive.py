@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from search.atomic import write_text
 from search.budget import format_size
 from search.evaluation import Evaluation
-from search.front import ParetoFront
+from search.front import TRAINED_FRONT, ParetoFront
 from search.intervals import Z95
 from search.plots import (
     BASELINE_STYLES,
@@ -124,9 +124,10 @@ def _add_curves(figure: go.Figure, front: ParetoFront) -> None:
         if points:
             look = {"color": color, "symbol": _SYMBOLS[name], "dash": "dot"}
             _add_pair(figure, front, points, name, look)
-    if front.points:
-        look = {"color": FRONT_COLOR, "symbol": "circle", "dash": "solid"}
-        _add_pair(figure, front, front.points, "front", look)
+    for name, part in front.parts().items():
+        symbol = "diamond" if name == TRAINED_FRONT else "circle"
+        look = {"color": FRONT_COLOR, "symbol": symbol, "dash": "solid"}
+        _add_pair(figure, front, part, name, look)
     if info.float_validation is not None:
         figure.add_trace(
             go.Scatter(

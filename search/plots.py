@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from search.atomic import write_bytes
 from search.budget import format_size
 from search.evaluation import Evaluation
-from search.front import ParetoFront
+from search.front import TRAINED_FRONT, ParetoFront
 from search.intervals import Z95
 from search.point_row import format_metric, point_row
 
@@ -139,13 +139,13 @@ def _draw_losses(axes: Axes, front: ParetoFront, evaluations: Sequence[Evaluatio
             [e.size_bytes for e in points], [e.loss for e in points],
             color=color, marker=marker, ms=5, lw=1, ls=":", label=name, zorder=2,
         )  # fmt: skip
-    if front.points:
-        x, y = [e.size_bytes for e in front.points], [e.loss for e in front.points]
-        error = [Z95 * e.loss_stderr for e in front.points]
+    for name, part in front.parts().items():
+        x, y = [e.size_bytes for e in part], [e.loss for e in part]
+        error = [Z95 * e.loss_stderr for e in part]
         axes.step(x, y, where="post", color=FRONT_COLOR, lw=1.4, alpha=0.7, zorder=3)
         axes.errorbar(
-            x, y, yerr=error, fmt="o", ms=5, color=FRONT_COLOR, elinewidth=1, label="front",
-            zorder=4,
+            x, y, yerr=error, fmt="D" if name == TRAINED_FRONT else "o", ms=5, color=FRONT_COLOR,
+            elinewidth=1, label=name, zorder=4,
         )  # fmt: skip
     positive = [e.loss for e in (*front.points, *front.baselines) if e.loss > 0]
     if positive and max(positive) > 20 * min(positive):
@@ -167,10 +167,12 @@ def _draw_metrics(axes: Axes, front: ParetoFront) -> None:
         if row["validation_interval"] is not None:
             low, high = row["validation_interval"]
             axes.vlines(row["size_bytes"], factor * low, factor * high, FRONT_COLOR, lw=1)
-    axes.plot(
-        [row["size_bytes"] for row in rows], [factor * row["validation"] for row in rows],
-        color=FRONT_COLOR, marker="o", ms=5, lw=1.2, zorder=4,
-    )  # fmt: skip
+    for name, part in front.parts().items():
+        known = [(e.size_bytes, factor * e.metric) for e in part if e.metric is not None]
+        axes.plot(
+            [x for x, _ in known], [y for _, y in known], color=FRONT_COLOR,
+            marker="D" if name == TRAINED_FRONT else "o", ms=5, lw=1.2, zorder=4,
+        )  # fmt: skip
     tested = [row for row in rows if row["test"] is not None]
     if tested:
         axes.plot(

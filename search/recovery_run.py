@@ -5,20 +5,18 @@ from pathlib import Path
 
 from quant_ops.errors import UsageError
 from quant_ops.packed import PackedModel
-from search.budget import Budgets
 from search.config import RunConfig, read_config
-from search.context import Limits, Listener, RunContext
+from search.context import Limits, RunContext
 from search.evaluation import Evaluation, within
 from search.finish import packed_path
 from search.front import FrontInfo, ParetoFront
 from search.plots import thinned
-from search.prepare import Prepared, prepare
+from search.prepare import Prepared
 from search.reallocation import as_searched, reallocated
 from search.record import Record
 from search.recovery import LEVELS, Recovery, RecoverySettings, Step
-from search.runners.in_process import InProcess
-from search.settings import read_settings
-from search.show import read_front
+from search.reopened import reopen
+from search.settings import settings_of
 from search.strategies.table import RECOVERY as SETTINGS_OF
 
 RECOVERY = "recovery"  # fact beside a recovered trial: its steps
@@ -59,13 +57,7 @@ def recovery_settings(config: RunConfig) -> RecoverySettings:
     Raises:
         UsageError: there is no such key, or the value does not fit.
     """
-    prefix = f"{SETTINGS_OF}."
-    texts = {
-        key.removeprefix(prefix): value
-        for key, value in config.settings.items()
-        if key.startswith(prefix)
-    }
-    return read_settings(RecoverySettings, texts, SETTINGS_OF)
+    return settings_of(RecoverySettings, config.settings, SETTINGS_OF)
 
 
 def recover_trial(
@@ -76,39 +68,16 @@ def recover_trial(
     Raises:
         UsageError: there is no such run, trial or level.
     """
-    from search.engine import finish
-    from search.tasks.table import load_task
-
     if level not in LEVELS[1:]:
         raise UsageError(f"--recover must be one of {', '.join(LEVELS[1:])}, got {level!r}")
-    config, _ = read_config(folder)
-    front = read_front(folder)
-    record = Record.open(folder, storage=config.storage)
-    known = {e.trial: e for e in record.evaluations()}
-    if trial not in known:
-        raise UsageError(
-            f"{folder} has no trial {trial}; `search show {folder}` lists those of the front"
-        )
-    parent = known[trial]
+    run = reopen(folder, data=data)
+    parent = run.trial(trial)
     if parent.recipe and parent.parent is not None:  # start from its codes' own origin
-        parent = known.get(parent.parent, parent)
-    where = data or config.data
-    prepared = prepare(load_task(config.task, data=Path(where) if where else None), config)
-    budgets = Budgets.parse(config.budgets)
-    context = RunContext(
-        space=prepared.space,
-        budgets=budgets.limits,
-        sizes=budgets.sizes,
-        costs=prepared.costs,
-        seed=config.seed,
-        runner=InProcess(prepared.evaluator),
-        record=record,
-        folder=folder,
-        evaluator=prepared.evaluator,
-    )
-    recovery = Recovery(prepared, seed=config.seed, settings=recovery_settings(config))
-    evaluation, steps = _recover_one(recovery, context, record, parent, level)
-    finish(prepared, record, folder, front.info, front.seconds, Listener())
+        parent = {e.trial: e for e in run.record.evaluations()}.get(parent.parent, parent)
+    settings = recovery_settings(run.prepared.config)
+    recovery = Recovery(run.prepared, seed=run.prepared.config.seed, settings=settings)
+    evaluation, steps = _recover_one(recovery, run.context, run.record, parent, level)
+    run.write_front()
     return evaluation, steps
 
 

@@ -37,6 +37,17 @@ def read_settings(cls: type[S], texts: Mapping[str, object], name: str) -> S:
         raise UsageError(f"{name!r}: {error}") from error
 
 
+def settings_of(cls: type[S], settings: Mapping[str, str], name: str) -> S:
+    """`cls` as the settings `name.KEY` of a run say.
+
+    Raises:
+        UsageError: there is no such key, or the value does not fit.
+    """
+    start = f"{name}."
+    own = {k.removeprefix(start): v for k, v in settings.items() if k.startswith(start)}
+    return read_settings(cls, own, name)
+
+
 def _read(name: str, text: str, kind: Any) -> object:
     """`text` as a bool, int, float, str, or None where the field may be None."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)

@@ -13,7 +13,7 @@ from quant_ops.errors import UsageError
 from search.budget import format_size
 from search.dominance import HypervolumeScale
 from search.evaluation import Evaluation, within
-from search.front import BASELINES, ParetoFront
+from search.front import BASELINES, ParetoFront, best_of
 from search.point_row import cell_texts, format_metric, point_row
 
 if TYPE_CHECKING:
@@ -126,7 +126,10 @@ def budget_table(front: ParetoFront) -> Table:
     for size in front.info.budgets.sizes:
         table.add_row(
             format_size(size),
-            *(_summary(front, _best(points, size)) for points in _contenders(front).values()),
+            *(
+                _summary(front, _best(front, points, size))
+                for points in _contenders(front).values()
+            ),
         )
     return table
 
@@ -150,7 +153,7 @@ def compare_to_dict(fronts: Sequence[ParetoFront], names: Sequence[str]) -> dict
         "runs": [
             {
                 "name": name,
-                "hypervolume": scale.hypervolume(front.points),
+                "hypervolume": front.hypervolume_on(scale),
                 "n_evaluations": front.n_evaluations,
                 "seconds": front.seconds,
                 "n_points": len(front.points),
@@ -161,7 +164,9 @@ def compare_to_dict(fronts: Sequence[ParetoFront], names: Sequence[str]) -> dict
             {
                 "size_bytes": size,
                 "best": [
-                    None if (best := _best(front.points, size)) is None else point_row(front, best)
+                    None
+                    if (best := _best(front, front.points, size)) is None
+                    else point_row(front, best)
                     for front in fronts
                 ],
             }
@@ -178,7 +183,7 @@ def print_comparison(fronts: Sequence[ParetoFront], names: Sequence[str], consol
     for name in names:
         sizes.add_column(name)
     for size in (row["size_bytes"] for row in value["sizes"]):
-        best = [_best(front.points, size) for front in fronts]
+        best = [_best(front, front.points, size) for front in fronts]
         lowest = min((e.loss for e in best if e is not None), default=math.inf)
         cells = [
             Text(_summary(f, e), "bold" if e is not None and e.loss == lowest else "")
@@ -234,13 +239,12 @@ def _contenders(front: ParetoFront) -> dict[str, Sequence[Evaluation]]:
     return {"front": front.points, **own}
 
 
-def _best(points: Sequence[Evaluation], size: int) -> Evaluation | None:
-    fitting = [e for e in points if e.size_bytes <= size]
-    return min(fitting, key=lambda e: e.loss) if fitting else None
+def _best(front: ParetoFront, points: Sequence[Evaluation], size: int) -> Evaluation | None:
+    return best_of(points, size, trained_apart=front.info.trained_apart)
 
 
 def _at_size(front: ParetoFront, size: int) -> dict[str, Any]:
-    best = {name: _best(points, size) for name, points in _contenders(front).items()}
+    best = {name: _best(front, points, size) for name, points in _contenders(front).items()}
     return {
         "size_bytes": size,
         **{name: None if e is None else point_row(front, e) for name, e in best.items()},

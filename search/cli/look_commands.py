@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search.cli.run_command import DataOption, JsonOption
+from search.cli.run_command import DataOption, DeviceOption, FinetuneOption, JsonOption
 
 if TYPE_CHECKING:
     from search.front import ParetoFront
@@ -63,10 +63,17 @@ def recover(
     level: Annotated[
         str, typer.Option("--recover", help="fast (second-order rounding) or full (also learned).")
     ] = "full",
+    finetune: FinetuneOption = None,
+    device: DeviceOption = "auto",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="finetune.KEY=VALUE. Repeatable.")
+    ] = None,
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Better weights for one trial from calibration inputs alone, as a new trial."""
+    """Better weights for one trial, as a new trial: from calibration inputs, or by training."""
+    if finetune is not None or settings:
+        return _finetune(run, trial, finetune, device, settings or [], data, as_json)
     from search.recovery_run import recover_trial
     from search.recovery_tables import print_recovery, recovery_to_dict
     from search.tables import stdout_console
@@ -76,6 +83,45 @@ def recover(
         print(json.dumps(recovery_to_dict(evaluation, steps), indent=1))
     else:
         print_recovery(evaluation, steps, stdout_console())
+    return 0
+
+
+def _finetune(
+    run: Path,
+    trial: int,
+    duration: str | None,
+    device: str,
+    settings: list[str],
+    data: str | None,
+    as_json: bool,
+) -> int:
+    from search.durations import parse_duration
+    from search.point_row import point_row
+    from search.progress import ConsoleListener
+    from search.show import read_front
+    from search.strategies.table import parse_settings
+    from search.tables import stdout_console
+    from search.training.finetune import finetune_trial
+
+    texts = parse_settings(settings)
+    with ConsoleListener() as listener:
+        evaluation = finetune_trial(
+            run,
+            trial,
+            seconds=parse_duration(duration) if duration else None,
+            device=device,
+            settings={f"{n}.{k}": v for n, own in texts.items() for k, v in own.items()},
+            data=data,
+            listener=listener,
+        )
+    row = point_row(read_front(run), evaluation)
+    if as_json:
+        print(json.dumps(row, indent=1))
+    else:
+        stdout_console().print(
+            f"trial {evaluation.trial}, trained from trial {evaluation.parent}: "
+            f"loss {evaluation.loss:.4g}, {evaluation.size_bytes:,} bytes"
+        )
     return 0
 
 

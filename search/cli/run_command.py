@@ -89,6 +89,13 @@ RecoverOption = Annotated[
         "--recover", help="none, fast (second-order rounding) or full (also learned, label-free)."
     ),
 ]
+FinetuneOption = Annotated[
+    str | None,
+    typer.Option(
+        "--finetune", help="Train finished points for 90s, 30m, 2h in all; needs training data."
+    ),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Of training: auto, cpu or cuda.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
@@ -133,6 +140,8 @@ def run(
     early_stop: Annotated[
         bool, typer.Option(help="Give up candidates that are sure to be worse than a known one.")
     ] = True,
+    finetune: FinetuneOption = None,
+    device: DeviceOption = "auto",
     search_samples: Annotated[
         int, typer.Option(min=1, help="Validation samples that judge a candidate.")
     ] = SEARCH_SAMPLES,
@@ -158,7 +167,7 @@ def run(
     """Search, and write a Pareto front of packed models.
 
     With --resume every other option but --budget, --max-drop, --pin, --bits, --trials,
-    --time-limit, --workers, --ray-address and --threads keeps its stored value.
+    --time-limit, --finetune, --workers, --ray-address and --threads keeps its stored value.
     """
     from quant_ops.calibration import ACTIVATION_SETTERS
     from quant_ops.perturbation import MEASURES
@@ -172,6 +181,7 @@ def run(
         "max_drop": max_drop,
         "trials": trials,
         "time_limit_s": parse_duration(time_limit) if time_limit else None,
+        "finetune_s": parse_duration(finetune) if finetune else None,
         "bits": _widths(bits),
         "pins": _pins(pin or []),
         "workers": workers,
@@ -203,6 +213,7 @@ def run(
         objective=_one_of(objective, ("loss", "metric"), "--objective"),
         recover=_one_of(recover, ("none", "fast", "full"), "--recover"),
         early_stop=early_stop,
+        device=_one_of(device, ("auto", "cpu", "cuda"), "--device"),
         search_samples=search_samples,
         probe_samples=probe_samples,
         storage=storage,

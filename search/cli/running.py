@@ -17,6 +17,7 @@ from search.task import Task
 
 INTERRUPTED = 130
 _CHANGEABLE = ("budgets", "max_drop", "trials", "time_limit_s", "bits", "pins", "workers")
+_TIMED_STEPS = "finetune.steps"
 
 
 def resumed_config(folder: Path, asked: Mapping[str, Any], data: str | None) -> RunConfig:
@@ -26,6 +27,9 @@ def resumed_config(folder: Path, asked: Mapping[str, Any], data: str | None) -> 
     for key in ("ray_address", "threads"):
         if asked[key]:
             changes[key] = asked[key]
+    if asked["finetune_s"] not in (None, stored.finetune_s):
+        settings = {k: v for k, v in stored.settings.items() if k != _TIMED_STEPS}
+        changes |= {"finetune_s": asked["finetune_s"], "settings": settings}
     if data is not None:
         changes["data"] = data
     return replace(stored, **changes)

@@ -20,7 +20,8 @@ STRATEGIES = {
     "tpe": "search.strategies.optuna_sampler:TPE",
     "random": "search.strategies.random_search:RandomSearch",
 }
-RECOVERY = "recovery"  # no strategy, but has settings too
+RECOVERY = "recovery"
+NO_STRATEGIES = (RECOVERY, "finetune")  # but have settings too
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, dict[str, str]]:
         name, dot, key = left.strip().rpartition(".")
         if not (equals and dot and name and key):
             raise UsageError(f"--set wants NAME.KEY=VALUE, got {text!r}")
-        if name != RECOVERY:
+        if name not in NO_STRATEGIES:
             strategy_class(name)
         settings.setdefault(name, {})[key] = value.strip()
     return settings

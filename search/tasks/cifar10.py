@@ -171,11 +171,18 @@ class _TrainingImages:
         self._epochs: ShuffledBatches | None = None
 
     def __call__(self) -> Iterator[Batch]:
+        return self._all()()
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Epoch `number`, whatever was asked for before."""
+        return self._all().epoch(number)
+
+    def _all(self) -> ShuffledBatches:
         if self._epochs is None:
             self._epochs = ShuffledBatches(
                 *self._read(), batch_size=128, seed=self._seed, augment=shift_and_flip
             )
-        return self._epochs()
+        return self._epochs
 
     def _read(self) -> tuple[Tensor, Tensor]:
         parts = [read_batch(self._folder, f"data_batch_{number}") for number in range(1, 6)]

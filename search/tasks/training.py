@@ -72,9 +72,12 @@ class ShuffledBatches:
         return len(self._images) // self._batch_size
 
     def __call__(self) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         self._epoch += 1
-        return self._one_epoch(generator)
+        return self.epoch(self._epoch - 1)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Epoch `number`, whatever was asked for before."""
+        return self._one_epoch(torch.Generator().manual_seed(self._seed * 1_000_003 + number))
 
     def _one_epoch(self, generator: torch.Generator) -> Iterator[Batch]:
         order = torch.randperm(len(self._images), generator=generator)

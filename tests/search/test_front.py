@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -203,3 +204,21 @@ def test_an_old_front_stays_when_the_new_one_cannot_be_written(tmp_path):
 def test_a_scale_without_extent_is_refused(arguments):
     with pytest.raises(ValueError, match=r"no size range|worst_loss"):
         HypervolumeScale(*arguments)
+
+
+def test_trained_points_are_a_front_of_their_own_where_validation_was_trained_on(make_front):
+    _, front = make_front()
+    plain = [replace(e, trial=i) for i, e in enumerate(front.points)]
+    small = replace(plain[0], recipe="finetune", parent=0, trial=90, loss=plain[-1].loss / 2)
+    middle = replace(plain[3], recipe="finetune", parent=3, trial=91, loss=plain[-1].loss / 3)
+    worse = replace(plain[2], recipe="finetune", parent=2, trial=92, loss=plain[0].loss)
+    everything = [*plain, small, middle, worse]
+    together = ParetoFront.of(everything, replace(front.info, trained_apart=False))
+    assert [e.trial for e in together.points] == [90, 91]
+    apart = ParetoFront.of(everything, replace(front.info, trained_apart=True))
+    assert [e.trial for e in apart.parts()["front"]] == [e.trial for e in plain]
+    assert [e.trial for e in apart.parts()["front, trained"]] == [90, 91]
+    assert apart.best(middle.size_bytes).trial == 91
+    assert apart.best(middle.size_bytes - 1).trial == 2  # larger than the small trained one
+    assert apart.best().trial == plain[-1].trial
+    assert ParetoFront.from_json(apart.to_json()).best(middle.size_bytes).trial == 91

@@ -1,6 +1,7 @@
 """Tasks that train in about a second: what the end-to-end tests give to `--task`."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,6 +75,29 @@ def cnn():
         validation=[((images[1000:1400],), labels[1000:1400])],
         test=test,
     )
+
+
+class _Shuffled:
+    """Training batches in an order of their own in each epoch."""
+
+    def __init__(self, images, labels):
+        self._images, self._labels = images, labels
+        self._epoch = -1
+
+    def __call__(self):
+        self._epoch += 1
+        return self.epoch(self._epoch)
+
+    def epoch(self, number):
+        generator = torch.Generator().manual_seed(number)
+        for rows in torch.randperm(960, generator=generator).reshape(-1, 64):
+            yield (self._images[rows],), self._labels[rows]
+
+
+def cnn_training():
+    """`cnn` with the data it was trained on."""
+    images, labels = digits_images()
+    return replace(cnn(), name="tiny-training", training=_Shuffled(images, labels))
 
 
 def cnn_other_weights():

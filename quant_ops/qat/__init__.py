@@ -1,0 +1,1 @@
+"""Quantization-aware training: modules for the trainer and for training loops of one's own."""

@@ -1,0 +1,1 @@
+"""Quantization-aware training: settings, data, objective, loop, checkpoints, and `--finetune`."""
