@@ -10,6 +10,7 @@ from search.cli.run_command import DataOption, DeviceOption, FinetuneOption, Jso
 
 if TYPE_CHECKING:
     from search.front import ParetoFront
+    from search.prediction import PredictionReport
 
 RunArgument = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
@@ -22,9 +23,12 @@ def register(app: typer.Typer) -> None:
 
 def show(run: RunArgument, as_json: JsonOption = False) -> int:
     """The front as a table, with the uniform and rate-distortion baselines beside it."""
+    from search.prediction import prediction_report
     from search.show import read_front
 
     _print(read_front(run), as_json=as_json)
+    if not as_json:
+        _print_prediction(prediction_report(run))
     return 0
 
 
@@ -52,8 +56,7 @@ def report(
     else:
         print_front(front, stdout_console())
         print_recoveries(found, stdout_console())
-        for line in () if prediction is None else prediction.lines():
-            stdout_console().print(line, style="dim", highlight=False, soft_wrap=True)
+        _print_prediction(prediction)
     return 0
 
 
@@ -123,6 +126,13 @@ def _finetune(
             f"loss {evaluation.loss:.4g}, {evaluation.size_bytes:,} bytes"
         )
     return 0
+
+
+def _print_prediction(prediction: "PredictionReport | None") -> None:
+    from search.tables import stdout_console
+
+    for line in () if prediction is None else prediction.lines():
+        stdout_console().print(line, style="dim", highlight=False, soft_wrap=True)
 
 
 def _print(front: "ParetoFront", *, as_json: bool) -> None:

@@ -161,7 +161,7 @@ def test_probes_are_at_most_twice_those_of_single_layers_and_only_inside_blocks(
     singles = context.n_probes
     found = with_pairs(context, table)
     assert 0 < context.n_probes - singles <= 2 * singles
-    blocks = [set(block) for block in _blocks(context)]
+    blocks = [set(block) for block in _blocks(context, table)]
     assert all(any(set(members) <= block for block in blocks) for members in found.members)
 
 
@@ -170,7 +170,7 @@ def test_what_cannot_change_the_loss_is_not_probed():
     table = measure_table(context)
     # a layer that loses next to nothing has no term worth a probe
     quiet = table.rescaled([1.0, 1e-9, 1.0, 1.0])
-    pairs = worthwhile(block_table(quiet, {}), _blocks(context))
+    pairs = worthwhile(block_table(quiet, {}), _blocks(context, table))
     assert pairs
     assert not any(1 in pair.groups for pair in pairs)
 
@@ -198,7 +198,7 @@ def test_predictions_are_compared_with_and_without_pair_terms():
     context = QuadraticContext(task, {"size_bytes": 300.0})
     context.strategy = "rate-distortion"
     table = measure_table(context)
-    pairs = worthwhile(block_table(table, {}), _blocks(context))
+    pairs = worthwhile(block_table(table, {}), _blocks(context, table))
     names = [choice.name for choice in task.space.layers]
     probes = [({n: w}, task.loss_of({n: w})) for n in names for w in WIDTHS]
     for pair in pairs:
