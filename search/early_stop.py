@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from search.evaluation import Evaluation
 
 ERROR = 1e-3  # probability that a candidate no worse than its incumbent is ever given up
-FIRST_LOOK = 128  # samples
+FIRST_LOOK = 256  # samples; an estimate of fewer is too rough to learn from
 MARGIN = 0.05  # share of the incumbent's loss by which a candidate has to be worse: no near-ties
 BOLDEST = 0.75  # share of the wealth that a bet may lose
 CLIPPED = 0.95  # quantile of the incumbent's losses above which they are not compared

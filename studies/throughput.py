@@ -18,6 +18,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import cloudpickle
 import torch
 
 from quant_ops.candidate import Candidate
@@ -134,9 +135,10 @@ def on_two_workers(prepared: Prepared, arguments: argparse.Namespace) -> dict[st
     context = multiprocessing.get_context("spawn")
     cluster = Cluster(prepared.spec, n_workers=2, threads=1)
     pipes, processes = [], []
+    spec = cloudpickle.dumps(prepared.spec)  # it holds local functions
     for part in (near[::2], near[1::2]):
         here, there = context.Pipe()
-        process = context.Process(target=_plain_worker, args=(there, prepared.spec, part))
+        process = context.Process(target=_plain_worker, args=(there, spec, part))
         process.start()
         pipes.append(here)
         processes.append(process)
@@ -165,9 +167,9 @@ def on_two_workers(prepared: Prepared, arguments: argparse.Namespace) -> dict[st
     return {"two_workers_of_two_processes": round(ratio, 3)}
 
 
-def _plain_worker(pipe, make_evaluator, candidates) -> None:
+def _plain_worker(pipe, spec: bytes, candidates: list[Candidate]) -> None:
     torch.set_num_threads(1)
-    evaluator = make_evaluator()
+    evaluator = cloudpickle.loads(spec)()
     evaluator.evaluate_many(candidates)
     pipe.send("ready")
     while pipe.recv() == "go":

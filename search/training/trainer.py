@@ -19,6 +19,7 @@ from quant_ops.qat.network import QuantizedNetwork
 from quant_ops.qat.oscillation import Oscillations, dampening
 from quant_ops.qat.weights import LearnedStep
 from search.blame import blaming
+from search.data import channels_last
 from search.task import Batch
 from search.training.broken import broken_layer
 from search.training.checkpoint import (
@@ -337,11 +338,7 @@ def on_device(batch: Batch, device: torch.device) -> tuple[tuple[Tensor, ...], A
     moved = pytree.tree_map(
         lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, target
     )
-    return tuple(_channels_last(x.to(device, non_blocking=True)) for x in inputs), moved
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    return tuple(channels_last(x.to(device, non_blocking=True)) for x in inputs), moved
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
