@@ -125,22 +125,25 @@ def _reallocate(
 
 
 def _worth_recovering(plain: Sequence[Evaluation], info: FrontInfo, level: str) -> list[Evaluation]:
-    """The best at every size asked for, the front between, a few of each baseline; smallest first.
+    """The best at every size asked for, then a few of each baseline and of the front, evenly.
 
-    Sizes asked for come before an even choice by rank: they are what the run is about.
+    Sizes asked for come first: they are what the run is about. Nothing smaller than the least of
+    them is recovered.
     """
     front = ParetoFront.of(plain, info)
     n = MAX_RECOVERED[level]
     smallest = front.points[0].size_bytes if front.points else 0
     asked = [front.best(size) for size in info.budgets.sizes if front.points and size >= smallest]
     chosen = {e.trial: e for e in asked}
-    left = [e for e in front.points if e.trial not in chosen]
-    chosen |= {e.trial: e for e in thinned(left, max(0, n - len(chosen)))}
-    for name in {e.strategy for e in front.baselines}:
-        of_kind = [e for e in front.baselines if e.strategy == name]
+    n_others = max(0, n - len(chosen))
+    least = min((e.size_bytes for e in asked), default=0)
+    for name in sorted({e.strategy for e in front.baselines}):
+        of_kind = [e for e in front.baselines if e.strategy == name and e.size_bytes >= least]
         inside = [e for e in of_kind if within(info.budgets.limits, e.costs)]
         chosen |= {e.trial: e for e in thinned(inside, n // BASELINE_SHARE)}
-    return sorted(chosen.values(), key=lambda e: (e.size_bytes, e.trial))
+    left = [e for e in front.points if e.trial not in chosen and e.size_bytes >= least]
+    chosen |= {e.trial: e for e in thinned(left, n_others)}
+    return list(chosen.values())
 
 
 def recoveries(folder: Path, front: ParetoFront) -> list[tuple[Evaluation, tuple[Step, ...]]]:

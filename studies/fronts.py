@@ -95,6 +95,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict:
         search_samples=IMAGES,
         probe_samples=method.probe_images,
         threads=arguments.threads,
+        early_stop=False,  # an evaluation is an evaluation
     )
     front = ParetoFront.load(folder / "front.json")
     evaluations = Record.open(folder).evaluations()
