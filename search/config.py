@@ -49,6 +49,7 @@ class RunConfig:
     objective: str = "loss"
     distortion: str = "exact"
     recover: str = "none"
+    codec: str = "plain"
     workers: int = 0
     ray_address: str | None = None
     threads: int = 0

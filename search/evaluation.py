@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 
 from quant_ops.candidate import Candidate
 
+CODED = "entropy"  # the codec, and what the recipe of an entropy-coded trial ends with
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -19,7 +21,7 @@ class Evaluation:
         costs: cost-model name to value; always holds "size_bytes".
         seconds: wall time of the evaluation.
         strategy: who proposed it.
-        recipe: "" for plain quantization, else what was done to the weights.
+        recipe: "" for plain quantization, else what was done to the weights or to their file.
         parent: trial it started from.
         weights_digest: of the stored codes, when they are not a function of the candidate alone.
         trial: number in the record; -1 before it is recorded.
@@ -46,6 +48,11 @@ class Evaluation:
     def size_bytes(self) -> int:
         """Length of the packed file."""
         return int(self.costs["size_bytes"])
+
+    @property
+    def coded(self) -> bool:
+        """Whether the file is entropy-coded: same weights as the parent's, fewer bytes."""
+        return self.recipe.split(" + ")[-1] == CODED
 
     def with_trial(self, trial: int) -> "Evaluation":
         """The same evaluation under its number in the record."""
