@@ -4,7 +4,6 @@
 """
 
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quant_ops.bit_widths import BIT_WIDTHS, code_bytes
-from quant_ops.bitpack import pack_bits, unpack_bits
+from quant_ops.bitpack import unpack_bits
 from quant_ops.byte_stream import ByteReader, put_varint
 from quant_ops.candidate import SCHEMES, LayerQuant
-from quant_ops.coded import coded_blob, read_coded_blob
+from quant_ops.coded import LayerCodes, read_coded_blob, rows_of
 from quant_ops.graph import Layer
 from quant_ops.layout import from_canonical, to_canonical
 from quant_ops.quantized import ActivationQuant, QuantizedLayer, code_range
@@ -41,45 +40,6 @@ _MID_RISE = 16
 _SIGNED = 128
 _MAX_ACTIVATION_BITS = 16
 _MAX_SCALE = 2.0**64  # codes times scales stay finite in float32
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCodes:
-    """Width to the bytes of its codes; `coded` when at least one width is entropy-coded."""
-
-    coded: bool
-    blobs: Mapping[float, bytes]
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all widths."""
-        return sum(map(len, self.blobs.values()))
-
-
-def layer_codes(
-    layer: Layer,
-    quant: LayerQuant,
-    quantized: QuantizedLayer,
-    columns: NDArray[np.intp] | None,
-    codec: str = "plain",
-) -> LayerCodes:
-    """The codes of one layer as bytes; coded where `codec` asks for it and the layer gains."""
-    bit_widths = quant.per_channel(layer.out_channels)
-    assert bit_widths == quantized.bit_widths, layer.name
-    per_channel = np.asarray(bit_widths)
-    codes = _as_matrix(layer, quantized.codes, columns)
-    live: dict[float, NDArray[np.int16]] = {}
-    for width in width_counts(layer, quant):
-        low, high = code_range(width, quant.scheme)
-        live[width] = codes[_rows(per_channel, width)]
-        assert live[width].min(initial=low) >= low, layer.name
-        assert live[width].max(initial=high) <= high, layer.name
-        live[width] = live[width] - np.int16(low)
-    plain = LayerCodes(False, {width: pack_bits(rows, width) for width, rows in live.items()})
-    if codec == "plain":
-        return plain
-    coded = LayerCodes(True, {width: coded_blob(rows, width) for width, rows in live.items()})
-    return coded if coded.size_bytes < plain.size_bytes else plain
 
 
 def put_quant(
@@ -189,7 +149,7 @@ def put_layer(
     per_channel = np.asarray(quant.per_channel(layer.out_channels))
     n_groups = scale_groups(layer, quant)
     for width, n in width_counts(layer, quant).items():
-        rows = _rows(per_channel, width)
+        rows = rows_of(per_channel, width)
         scale = quantized.scales[width]
         assert scale.ratio.shape == (n, n_groups), layer.name
         out += struct.pack("<f", scale.base) + scale.ratio.tobytes()
@@ -226,7 +186,7 @@ def read_layer(
     scales = {}
     n_kept, stored_bytes, plain_bytes = kept_weights(layer, columns), 0, 0
     for width, n in width_counts(layer, quant).items():
-        rows = _rows(per_channel, width)
+        rows = rows_of(per_channel, width)
         base = _read_finite(reader)
         ratio = np.frombuffer(reader.take(n * n_groups), np.uint8).reshape(n, n_groups).copy()
         scales[width] = StoredScale(base, ratio)
@@ -254,21 +214,6 @@ def _read_codes(
     if coded:
         return read_coded_blob(reader, bit_width, n_codes)
     return unpack_bits(reader.take(code_bytes(bit_width, n_codes)), bit_width, n_codes)
-
-
-def _rows(per_channel: NDArray[np.float64], width: float) -> slice | NDArray[np.intp]:
-    rows = np.flatnonzero(per_channel == width)
-    return slice(None) if len(rows) == len(per_channel) else rows
-
-
-def _as_matrix(
-    layer: Layer, codes: NDArray[np.int16], columns: NDArray[np.intp] | None
-) -> NDArray[np.int16]:
-    if columns is None:
-        return codes
-    return codes.reshape(layer.out_channels, in_channels(layer), -1)[:, columns].reshape(
-        layer.out_channels, -1
-    )
 
 
 def _place(

@@ -1,7 +1,10 @@
-"""The codes of one width in a layer: plain bits, or entropy-coded where that is shorter.
+"""The codes of a layer as bytes: plain bits, or entropy-coded where that is shorter.
 
 `FORMAT.md`, sections 6 and 8, is normative.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +12,9 @@ from numpy.typing import NDArray
 from quant_ops.bit_widths import LEVELS, TERNARY, code_bytes
 from quant_ops.bitpack import pack_bits, unpack_bits
 from quant_ops.byte_stream import ByteReader, put_varint
+from quant_ops.candidate import LayerQuant
+from quant_ops.graph import Layer
+from quant_ops.quantized import QuantizedLayer, code_range
 from quant_ops.rans import (
     STATE_BYTES,
     WORD_BYTES,
@@ -19,9 +25,65 @@ from quant_ops.rans import (
     lanes,
     table_of,
 )
+from quant_ops.storage import in_channels, width_counts
 
 CODECS = ("plain", "entropy")
 _PLAIN = 0  # mode byte; 1 + r: coded, the lowest r bits of each code apart
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCodes:
+    """Width to the bytes of its codes; `coded` when at least one width is entropy-coded."""
+
+    coded: bool
+    blobs: Mapping[float, bytes]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all widths."""
+        return sum(map(len, self.blobs.values()))
+
+
+def layer_codes(
+    layer: Layer,
+    quant: LayerQuant,
+    quantized: QuantizedLayer,
+    columns: NDArray[np.intp] | None,
+    codec: str = "plain",
+) -> LayerCodes:
+    """The codes of one layer as bytes; coded where `codec` asks for it and the layer gains."""
+    bit_widths = quant.per_channel(layer.out_channels)
+    assert bit_widths == quantized.bit_widths, layer.name
+    per_channel = np.asarray(bit_widths)
+    codes = _as_matrix(layer, quantized.codes, columns)
+    live: dict[float, NDArray[np.int16]] = {}
+    for width in width_counts(layer, quant):
+        low, high = code_range(width, quant.scheme)
+        live[width] = codes[rows_of(per_channel, width)]
+        assert live[width].min(initial=low) >= low, layer.name
+        assert live[width].max(initial=high) <= high, layer.name
+        live[width] = live[width] - np.int16(low)
+    plain = LayerCodes(False, {width: pack_bits(rows, width) for width, rows in live.items()})
+    if codec == "plain":
+        return plain
+    coded = LayerCodes(True, {width: coded_blob(rows, width) for width, rows in live.items()})
+    return coded if coded.size_bytes < plain.size_bytes else plain
+
+
+def rows_of(per_channel: NDArray[np.float64], width: float) -> slice | NDArray[np.intp]:
+    """Which output channels have a width; a slice where all have it."""
+    rows = np.flatnonzero(per_channel == width)
+    return slice(None) if len(rows) == len(per_channel) else rows
+
+
+def _as_matrix(
+    layer: Layer, codes: NDArray[np.int16], columns: NDArray[np.intp] | None
+) -> NDArray[np.int16]:
+    if columns is None:
+        return codes
+    return codes.reshape(layer.out_channels, in_channels(layer), -1)[:, columns].reshape(
+        layer.out_channels, -1
+    )
 
 
 def coded_blob(codes: NDArray[np.integer], bit_width: float) -> bytes:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from quant_ops.blobs import (
-    layer_codes,
     put_activation,
     put_float,
     put_layer,
@@ -29,7 +28,7 @@ from quant_ops.blobs import (
 )
 from quant_ops.byte_stream import ByteReader, put_varint
 from quant_ops.candidate import Candidate, LayerQuant
-from quant_ops.coded import CODECS
+from quant_ops.coded import CODECS, layer_codes
 from quant_ops.edges import activation_edges
 from quant_ops.errors import EnvironmentFault, UsageError, VerificationError
 from quant_ops.executor import Executor

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant_ops.bit_widths import code_bytes
-from quant_ops.blobs import layer_codes
 from quant_ops.candidate import Candidate, LayerQuant
+from quant_ops.coded import layer_codes
 from quant_ops.graph import Layer
 from quant_ops.packed import PackedModel
 from quant_ops.packed_size import header, payload_bytes
@@ -130,6 +130,8 @@ def spend(context: RunContext, coder: Coder, limits: Limits) -> None:
     The integer program with the coded bytes of every layer and width, then local search in the
     gaps of the front of coded sizes.
     """
+    if limits.trials is not None and limits.trials < 1:
+        return
     context.begin("rate-distortion", limits)
     memory = Memory()
     for evaluation in context.history():
