@@ -4,6 +4,7 @@
 """
 
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quant_ops.bit_widths import BIT_WIDTHS, code_bytes
-from quant_ops.bitpack import pack_bits, unpack_bits
+from quant_ops.bitpack import unpack_bits
 from quant_ops.byte_stream import ByteReader, put_varint
 from quant_ops.candidate import SCHEMES, LayerQuant
+from quant_ops.coded import LayerCodes, read_coded_blob, rows_of
 from quant_ops.graph import Layer
 from quant_ops.layout import from_canonical, to_canonical
 from quant_ops.quantized import ActivationQuant, QuantizedLayer, code_range
@@ -33,13 +35,16 @@ from quant_ops.stored import StoredBias, StoredScale
 
 _FLOAT, _UNIFORM, _RUNS, _NIBBLES = range(4)
 _HAS_GROUP_SIZE = 16
+_CODED = 32
 _MID_RISE = 16
 _SIGNED = 128
 _MAX_ACTIVATION_BITS = 16
 _MAX_SCALE = 2.0**64  # codes times scales stay finite in float32
 
 
-def put_quant(out: bytearray, quant: LayerQuant | None, mid_rise: frozenset[float]) -> None:
+def put_quant(
+    out: bytearray, quant: LayerQuant | None, mid_rise: frozenset[float], coded: bool = False
+) -> None:
     """Append one layer's entry in the quantization table."""
     if quant is None:
         out.append(_FLOAT)
@@ -50,7 +55,7 @@ def put_quant(out: bytearray, quant: LayerQuant | None, mid_rise: frozenset[floa
         shorter = run_bytes(quant.bit_widths) < nibble_bytes(quant.bit_widths)
         form = _RUNS if shorter else _NIBBLES
     grouped = _HAS_GROUP_SIZE * (quant.group_size is not None)
-    out.append(form | SCHEMES.index(quant.scheme) << 2 | grouped)
+    out.append(form | SCHEMES.index(quant.scheme) << 2 | grouped | _CODED * coded)
     if quant.group_size is not None:
         put_varint(out, quant.group_size)
     if form == _UNIFORM:
@@ -68,13 +73,23 @@ def put_quant(out: bytearray, quant: LayerQuant | None, mid_rise: frozenset[floa
         out += bytes(a | b << 4 for a, b in zip(widths[::2], widths[1::2], strict=True))
 
 
-def read_quant(reader: ByteReader, layer: Layer) -> tuple[LayerQuant | None, frozenset[float]]:
-    """One layer's entry, and the widths whose levels are offset by half a step."""
+@dataclass(frozen=True, slots=True)
+class QuantEntry:
+    """One layer's entry: its widths (None: float), those with a half-step offset, coded or not."""
+
+    quant: LayerQuant | None
+    mid_rise: frozenset[float] = frozenset()
+    coded: bool = False
+
+
+def read_quant(reader: ByteReader, layer: Layer, *, may_be_coded: bool = False) -> QuantEntry:
+    """Inverse of `put_quant`; only files of version 2 have coded layers."""
     head = reader.byte()
     form = head & 3
     if form == _FLOAT and head == 0:
-        return None, frozenset()
-    if form == _FLOAT or head >= 32 or not layer.searchable:
+        return QuantEntry(None)
+    limit = 2 * _CODED if may_be_coded else _CODED
+    if form == _FLOAT or head >= limit or not layer.searchable:
         raise reader.fault(f"quantization {head:#04x} of a layer does not exist")
     group_size = reader.varint(2**40) if head & _HAS_GROUP_SIZE else None
     if group_size == 0:
@@ -95,7 +110,8 @@ def read_quant(reader: ByteReader, layer: Layer) -> tuple[LayerQuant | None, fro
     mid_rise = frozenset(w for i, w in enumerate(BIT_WIDTHS) if mask >> i & 1)
     if mask >> len(BIT_WIDTHS) or not mid_rise <= set(bit_widths):
         raise reader.fault("a half-step offset is set for a width that no channel has")
-    return LayerQuant(bit_widths, SCHEMES[head >> 2 & 3], group_size), mid_rise
+    quant = LayerQuant(bit_widths, SCHEMES[head >> 2 & 3], group_size)
+    return QuantEntry(quant, mid_rise, bool(head & _CODED))
 
 
 def _read_runs(reader: ByteReader, n_channels: int) -> list[int]:
@@ -127,16 +143,13 @@ def put_layer(
     layer: Layer,
     quant: LayerQuant,
     quantized: QuantizedLayer,
-    columns: NDArray[np.intp] | None,
+    codes: LayerCodes,
 ) -> None:
     """Append one layer's scales, zero points, codes and bias."""
-    bit_widths = quant.per_channel(layer.out_channels)
-    assert bit_widths == quantized.bit_widths, layer.name
-    per_channel = np.asarray(bit_widths)
-    codes = _as_matrix(layer, quantized.codes, columns)
+    per_channel = np.asarray(quant.per_channel(layer.out_channels))
     n_groups = scale_groups(layer, quant)
     for width, n in width_counts(layer, quant).items():
-        rows = _rows(per_channel, width)
+        rows = rows_of(per_channel, width)
         scale = quantized.scales[width]
         assert scale.ratio.shape == (n, n_groups), layer.name
         out += struct.pack("<f", scale.base) + scale.ratio.tobytes()
@@ -147,11 +160,7 @@ def put_layer(
             assert zeros.min() >= 0, layer.name
             assert zeros.max() <= 255, layer.name
             out += zeros.astype(np.uint8).tobytes()
-        low, high = code_range(width, quant.scheme)
-        live = codes[rows]
-        assert live.min(initial=low) >= low, layer.name
-        assert live.max(initial=high) <= high, layer.name
-        out += pack_bits(live - low, width)
+        out += codes.blobs[width]
     live_rows = per_channel != 0
     assert (quantized.bias is None) == (layer.bias is None), layer.name
     if quantized.bias is not None and live_rows.any():
@@ -162,11 +171,12 @@ def put_layer(
 def read_layer(
     reader: ByteReader,
     layer: Layer,
-    quant: LayerQuant,
-    mid_rise: frozenset[float],
+    entry: QuantEntry,
     columns: NDArray[np.intp] | None,
 ) -> QuantizedLayer:
     """Inverse of `put_layer`; codes of absent columns stand for zero, absent rows are 0."""
+    quant = entry.quant
+    assert quant is not None, layer.name
     bit_widths = quant.per_channel(layer.out_channels)
     per_channel = np.asarray(bit_widths)
     n_groups = scale_groups(layer, quant)
@@ -174,9 +184,9 @@ def read_layer(
     codes = np.zeros((layer.out_channels, layer.weights_per_channel), np.int16)
     zero_points = np.zeros((layer.out_channels, n_groups), np.int16) if affine else None
     scales = {}
-    n_kept = kept_weights(layer, columns)
+    n_kept, stored_bytes, plain_bytes = kept_weights(layer, columns), 0, 0
     for width, n in width_counts(layer, quant).items():
-        rows = _rows(per_channel, width)
+        rows = rows_of(per_channel, width)
         base = _read_finite(reader)
         ratio = np.frombuffer(reader.take(n * n_groups), np.uint8).reshape(n, n_groups).copy()
         scales[width] = StoredScale(base, ratio)
@@ -185,27 +195,25 @@ def read_layer(
             zero_points[rows] = zeros
             per_group = layer.weights_per_channel // n_groups
             codes[rows] = np.repeat(zero_points[rows], per_group, axis=1)
-        packed = reader.take(code_bytes(width, n * n_kept))
+        start = reader.position
+        found = _read_codes(reader, width, n * n_kept, coded=entry.coded)
+        stored_bytes += reader.position - start
+        plain_bytes += code_bytes(width, n * n_kept)
         low = code_range(width, quant.scheme)[0]
-        stored = unpack_bits(packed, width, n * n_kept).astype(np.int16) + np.int16(low)
+        stored = found.astype(np.int16) + np.int16(low)
         _place(layer, codes, rows, columns, stored.reshape(n, n_kept))
+    if entry.coded and stored_bytes >= plain_bytes:
+        raise reader.fault("a coded layer is no shorter than a plain one")
     bias = _read_bias(reader, per_channel != 0) if layer.bias is not None else None
-    return QuantizedLayer(bit_widths, codes, scales, mid_rise, zero_points, bias)
+    return QuantizedLayer(bit_widths, codes, scales, entry.mid_rise, zero_points, bias)
 
 
-def _rows(per_channel: NDArray[np.float64], width: float) -> slice | NDArray[np.intp]:
-    rows = np.flatnonzero(per_channel == width)
-    return slice(None) if len(rows) == len(per_channel) else rows
-
-
-def _as_matrix(
-    layer: Layer, codes: NDArray[np.int16], columns: NDArray[np.intp] | None
-) -> NDArray[np.int16]:
-    if columns is None:
-        return codes
-    return codes.reshape(layer.out_channels, in_channels(layer), -1)[:, columns].reshape(
-        layer.out_channels, -1
-    )
+def _read_codes(
+    reader: ByteReader, bit_width: float, n_codes: int, *, coded: bool
+) -> NDArray[np.uint8]:
+    if coded:
+        return read_coded_blob(reader, bit_width, n_codes)
+    return unpack_bits(reader.take(code_bytes(bit_width, n_codes)), bit_width, n_codes)
 
 
 def _place(

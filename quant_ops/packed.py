@@ -1,7 +1,7 @@
 """The packed file: written, read back, run.
 
 One safetensors file with one uint8 tensor; `FORMAT.md` is normative. Nothing in it is code, a
-path or a name, and every length is known from the graph and the candidate.
+path or a name. Without the entropy codec every length is known from the graph and the candidate.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from quant_ops.blobs import (
 )
 from quant_ops.byte_stream import ByteReader, put_varint
 from quant_ops.candidate import Candidate, LayerQuant
+from quant_ops.coded import CODECS, layer_codes
 from quant_ops.dual import without_unused_layers
 from quant_ops.edges import activation_edges
 from quant_ops.errors import EnvironmentFault, UsageError, VerificationError
@@ -36,6 +37,7 @@ from quant_ops.graph import Graph
 from quant_ops.manifest import decode_graph, encode_graph
 from quant_ops.packed_size import (
     CHECKSUM_BYTES,
+    CODED_VERSION,
     MAGIC,
     PREFIX_BYTES,
     VERSION,
@@ -55,21 +57,35 @@ _MAX_ELEMENTS_PER_BYTE = 1024
 _ALWAYS_ALLOWED_ELEMENTS = 2**28
 
 
-def pack(model: QuantizedModel) -> bytes:
-    """The file of `model`: `size_bytes(model.graph, model.candidate)` bytes.
+def pack(model: QuantizedModel, codec: str = "plain") -> bytes:
+    """The file of `model`.
+
+    Plain: `size_bytes(model.graph, model.candidate)` bytes. Entropy: layers whose codes are
+    shorter that way are entropy-coded, so at most as many; how many depends on the codes.
 
     Raises:
-        UsageError: the graph holds an argument that the format cannot.
+        UsageError: the graph holds an argument that the format cannot, or there is no such codec.
     """
+    if codec not in CODECS:
+        raise UsageError(f"the codec must be one of {', '.join(CODECS)}, got {codec!r}")
     model = without_unused_layers(model)
     storage = plan_storage(model.graph, model.candidate)
-    out = bytearray(MAGIC)
-    out.append(VERSION)
-    out += encode_graph(model.graph)
     pairs = list(zip(model.graph.layers, storage.quants, strict=True))
+    codes = {
+        layer.name: layer_codes(
+            layer, quant, model.layers[layer.name], storage.columns.get(layer.name), codec
+        )
+        for layer, quant in pairs
+        if quant is not None
+    }
+    out = bytearray(MAGIC)
+    out.append(CODED_VERSION if any(c.coded for c in codes.values()) else VERSION)
+    out += encode_graph(model.graph)
     for layer, quant in pairs:
-        mid_rise = model.layers[layer.name].mid_rise if quant else frozenset()
-        put_quant(out, quant, mid_rise)
+        if quant is None:
+            put_quant(out, None, frozenset())
+        else:
+            put_quant(out, quant, model.layers[layer.name].mid_rise, codes[layer.name].coded)
     put_varint(out, len(model.candidate.activations))
     for edge, bit_width in model.candidate.activations:
         activation = model.activations[edge]
@@ -77,13 +93,13 @@ def pack(model: QuantizedModel) -> bytes:
         put_activation(out, model.graph.index_of[edge], activation)
     for layer, quant in pairs:
         if quant is not None:
-            columns = storage.columns.get(layer.name)
-            put_layer(out, layer, quant, model.layers[layer.name], columns)
+            put_layer(out, layer, quant, model.layers[layer.name], codes[layer.name])
     for param in storage.floats:
         put_float(out, param, model.float_params[param.name])
     out += _checksum(out)
     data = header(len(out)) + bytes(out)
-    assert len(data) == size_bytes(model.graph, model.candidate)
+    plain_bytes = size_bytes(model.graph, model.candidate)
+    assert len(data) == plain_bytes if out[len(MAGIC)] == VERSION else len(data) < plain_bytes
     return data
 
 
@@ -103,24 +119,27 @@ def read(data: bytes) -> QuantizedModel:
     if bytes(reader.take(len(MAGIC))) != MAGIC:
         raise VerificationError("the file is not a packed model: it does not begin with its mark")
     version = reader.byte()
-    if version != VERSION:
+    if version not in (VERSION, CODED_VERSION):
         raise VerificationError(
-            f"the file has format version {version}, this program reads version {VERSION}; "
-            f"use a release that knows it"
+            f"the file has format version {version}, this program reads versions {VERSION} and "
+            f"{CODED_VERSION}; use a release that knows it"
         )
     graph = decode_graph(reader)
     _require_reasonable(graph, len(data))
-    entries = [read_quant(reader, layer) for layer in graph.layers]
+    may_be_coded = version == CODED_VERSION
+    entries = [read_quant(reader, layer, may_be_coded=may_be_coded) for layer in graph.layers]
+    if may_be_coded and not any(entry.coded for entry in entries):
+        raise reader.fault(f"no layer is coded in a file of version {CODED_VERSION}")
     activations = [read_activation(reader, len(graph.nodes)) for _ in range(reader.count())]
     if len({index for index, _ in activations}) < len(activations):
         raise reader.fault("a value has two quantizers")
     edges = {graph.nodes[index].name: activation for index, activation in activations}
-    storage = _storage(graph, [quant for quant, _ in entries], edges)
+    storage = _storage(graph, [entry.quant for entry in entries], edges)
     layers = {}
-    for layer, (quant, mid_rise) in zip(graph.layers, entries, strict=True):
-        if quant is not None:
+    for layer, entry in zip(graph.layers, entries, strict=True):
+        if entry.quant is not None:
             columns = storage.columns.get(layer.name)
-            layers[layer.name] = read_layer(reader, layer, quant, mid_rise, columns)
+            layers[layer.name] = read_layer(reader, layer, entry, columns)
     floats = {param.name: read_float(reader, param) for param in storage.floats}
     if reader.remaining:
         raise reader.fault(f"{reader.remaining} bytes too many")
@@ -189,9 +208,9 @@ class PackedModel:
     model: QuantizedModel
 
     @classmethod
-    def from_model(cls, model: QuantizedModel) -> Self:
+    def from_model(cls, model: QuantizedModel, codec: str = "plain") -> Self:
         """Pack `model` and read it back."""
-        return cls.from_bytes(pack(model))
+        return cls.from_bytes(pack(model, codec))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -230,6 +249,18 @@ class PackedModel:
     def size_bytes(self) -> int:
         """Length of the file."""
         return len(self.data)
+
+    @property
+    def version(self) -> int:
+        """Of the format."""
+        return self.data[
+            PREFIX_BYTES + int.from_bytes(self.data[:PREFIX_BYTES], "little") + len(MAGIC)
+        ]
+
+    @property
+    def codec(self) -> str:
+        """`entropy` where at least one layer is coded, else `plain`."""
+        return "entropy" if self.version == CODED_VERSION else "plain"
 
     @property
     def digest(self) -> str:
@@ -327,7 +358,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             weights[width] += n * model.graph.layer_of[name].weights_per_channel
     return {
         "format": "bitfront-packed",
-        "version": VERSION,
+        "version": packed.version,
+        "codec": packed.codec,
         "digest": packed.digest,
         "size_bytes": packed.size_bytes,
         "graph_bytes": len(encode_graph(model.graph)),

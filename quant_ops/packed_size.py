@@ -23,6 +23,7 @@ from quant_ops.storage import (
 
 MAGIC = b"BTFR"
 VERSION = 1
+CODED_VERSION = 2  # of a file with entropy-coded layers
 CHECKSUM_BYTES = 16
 TENSOR_NAME = "bitfront"
 PREFIX_BYTES = 8  # safetensors: the length of the header that follows

@@ -53,6 +53,7 @@ class RunConfig:
     recover: str = "none"
     finetune_s: float | None = None
     device: str = "auto"
+    codec: str = "plain"
     workers: int = 0
     ray_address: str | None = None
     threads: int = 0

@@ -15,7 +15,7 @@ from quant_ops.candidate import Candidate, LayerQuant
 from quant_ops.packed import PackedModel
 from quant_ops.quantized import QuantizedModel
 from search.early_stop import Incumbent, Incumbents
-from search.evaluation import Evaluation
+from search.evaluation import CODED, Evaluation
 from search.evaluator import Evaluator
 from search.finish import packed_path
 from search.front import BASELINES
@@ -196,19 +196,38 @@ class RunContext:
         """See `Context.submit`."""
         measured = self._evaluator.measure_model(model)
         packed = PackedModel.from_model(model)
-        evaluation = Evaluation(
-            candidate=candidate,
-            loss=measured.loss,
-            loss_stderr=measured.loss_stderr,
-            metric=measured.metric,
-            agreement=measured.agreement,
-            costs={n: m.cost(self.space.graph, candidate) for n, m in self.costs.items()},
-            strategy=self.strategy,
-            seed=self.seed,
-            recipe=recipe,
-            parent=parent,
-            weights_digest=packed.digest,
+        return self._record_with_file(
+            packed,
+            Evaluation(
+                candidate=candidate,
+                loss=measured.loss,
+                loss_stderr=measured.loss_stderr,
+                metric=measured.metric,
+                agreement=measured.agreement,
+                costs={n: m.cost(self.space.graph, candidate) for n, m in self.costs.items()},
+                strategy=self.strategy,
+                seed=self.seed,
+                recipe=recipe,
+                parent=parent,
+                weights_digest=packed.digest,
+            ),
         )
+
+    def submit_coded(self, parent: Evaluation, packed: PackedModel) -> Evaluation:
+        """Record the entropy-coded file of a recorded trial: same weights, so the same quality."""
+        return self._record_with_file(
+            packed,
+            replace(
+                parent,
+                costs={**parent.costs, "size_bytes": float(packed.size_bytes)},
+                recipe=" + ".join(filter(None, (parent.recipe, CODED))),
+                parent=parent.trial,
+                weights_digest=packed.digest,
+                seconds=0.0,
+            ),
+        )
+
+    def _record_with_file(self, packed: PackedModel, evaluation: Evaluation) -> Evaluation:
         (recorded,) = self._record.append([evaluation], self.budgets)
         path = packed_path(self.run_folder, recorded.trial)
         path.parent.mkdir(exist_ok=True)

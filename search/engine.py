@@ -10,10 +10,11 @@ import torch
 
 from quant_ops.errors import BudgetError, UsageError
 from search.budget import Budgets, format_cost
+from search.coding import SHARE, Coder, code_front, spend
 from search.config import RunConfig, read_config, write_config
 from search.context import Limits, Listener, RunContext
 from search.dominance import HypervolumeScale
-from search.evaluation import within
+from search.evaluation import CODED, within
 from search.finish import Checked, check_trials, packed_path
 from search.front import BASELINES, FrontInfo, ParetoFront
 from search.interactive import save_html
@@ -102,15 +103,13 @@ def run_search(
             evaluator=prepared.evaluator,
             listener=listener,
         )
+        coder = Coder(prepared, folder) if config.codec == CODED else None
         if answered is None or _asks_for_more(answered, config):
-            _run_strategies(context, config)
+            _run_strategies(context, config, coder)
         elif _is_new_question(answered, config):
-            _answer_from_record(context)
-        if config.recover != "none":
-            recover_front(prepared, context, record, info)
+            _answer_from_record(context, coder)
         _write_config(prepared, folder, answered=config)
-        if config.finetunes:
-            finetune_front(prepared, context, record, info)
+        _improve(prepared, context, record, info, coder)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -285,24 +284,48 @@ def _make_runner(prepared: Prepared) -> Runner:
     return Cluster(prepared.spec, n_workers=n_workers, address=config.ray_address, threads=threads)
 
 
-def _run_strategies(context: RunContext, config: RunConfig) -> None:
-    """One strategy after the other, each with an equal share of what is left."""
+def _run_strategies(context: RunContext, config: RunConfig, coder: Coder | None) -> None:
+    """One strategy after the other, each with an equal share of what is left.
+
+    With a codec the last share is spent on candidates that fit only when they are coded.
+    """
     started = time.monotonic()
     settings = _settings_of(config)
-    used = 0
+    used, kept = 0, 1.0 if coder is None else 1 - 1 / SHARE
+    limit, time_s = config.trial_limit, config.time_limit_s
+    end = None if time_s is None else started + time_s
+    first = None if limit is None else max(1, int(kept * limit))
     for position, name in enumerate(config.strategies):
         n_left = len(config.strategies) - position
         trials = None
-        if config.trial_limit is not None:
-            trials = (config.trial_limit - used) // n_left
+        if first is not None:
+            trials = (first - used) // n_left
         deadline = None
-        if config.time_limit_s is not None:
+        if time_s is not None:
             now = time.monotonic()
-            deadline = now + (started + config.time_limit_s - now) / n_left
+            deadline = now + (started + kept * time_s - now) / n_left
         context.begin(name, Limits(trials, deadline))
         with contextlib.suppress(SearchOver):
             make_strategy(name, settings.get(name)).run(context)
         used += context.n_used
+    if coder is not None:
+        spend(context, coder, Limits(None if limit is None else limit - used, end))
+
+
+def _improve(
+    prepared: Prepared,
+    context: RunContext,
+    record: Record,
+    info: FrontInfo,
+    coder: Coder | None,
+) -> None:
+    """Better weights for what was found, then shorter files; what is done is not done again."""
+    if prepared.config.recover != "none":
+        recover_front(prepared, context, record, info, coder)
+    if prepared.config.finetunes:
+        finetune_front(prepared, context, record, info)
+    if coder is not None:
+        code_front(prepared, context, record, info, coder)
 
 
 def _asks_for_more(answered: RunConfig, now: RunConfig) -> bool:
@@ -316,9 +339,11 @@ def _is_new_question(answered: RunConfig, now: RunConfig) -> bool:
     return before != (now.budgets, now.pins, now.bits)
 
 
-def _answer_from_record(context: RunContext) -> None:
+def _answer_from_record(context: RunContext, coder: Coder | None) -> None:
     """Solve the integer program again on the measured table, under the new limits."""
     for name in BASELINES:
         context.begin(name, Limits(RESOLVE_TRIALS, None))
         with contextlib.suppress(SearchOver):
             make_strategy(name, {}).run(context)
+    if coder is not None:
+        spend(context, coder, Limits(RESOLVE_TRIALS, None))

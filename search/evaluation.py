@@ -11,6 +11,7 @@ from quant_ops.candidate import Candidate
 SAMPLES, SAMPLES_LEFT = "samples", "samples left"  # notes of a stopped evaluation
 ESTIMATE = "estimated loss"
 CALIBRATED = ("", "none", "fast", "full")  # recipes that see no training data
+CODED = "entropy"  # the codec, and what the recipe of an entropy-coded trial ends with
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Evaluation:
         costs: cost-model name to value; always holds "size_bytes".
         seconds: wall time of the evaluation.
         strategy: who proposed it.
-        recipe: "" for plain quantization, else what was done to the weights.
+        recipe: "" for plain quantization, else what was done to the weights or to their file.
         parent: trial it started from.
         weights_digest: of the stored codes, when they are not a function of the candidate alone.
         trial: number in the record; -1 before it is recorded.
@@ -57,7 +58,7 @@ class Evaluation:
     @property
     def is_trained(self) -> bool:
         """Whether the weights were learned from training data, not from calibration alone."""
-        return self.recipe not in CALIBRATED
+        return self.recipe.removesuffix(CODED).removesuffix(" + ") not in CALIBRATED
 
     @property
     def size_bytes(self) -> int:
@@ -68,6 +69,11 @@ class Evaluation:
     def estimated_loss(self) -> float:
         """The loss; of a stopped evaluation what it was heading for, not the bound."""
         return self.notes.get(ESTIMATE, self.loss)
+
+    @property
+    def coded(self) -> bool:
+        """Whether the file is entropy-coded: same weights as the parent's, fewer bytes."""
+        return self.recipe.split(" + ")[-1] == CODED
 
     def with_trial(self, trial: int) -> "Evaluation":
         """The same evaluation under its number in the record."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant_ops.coded import CODECS
 from quant_ops.errors import UsageError
 from quant_ops.packed import PackedModel
 from search.budget import format_size
@@ -34,6 +35,8 @@ class ExportReport:
     def to_text(self) -> str:
         """A few lines, the last one how to load the file."""
         lines = [f"{self.path}: trial {self.trial}, {format_size(int(self.facts['size_bytes']))}"]
+        if self.facts["codec"] != CODECS[0]:
+            lines.append(f"  codec: {self.facts['codec']} (format version 2)")
         lines.append(f"  test vectors: {self.facts['vectors']}")
         lines.append("  load it: from quant_ops.packed import PackedModel")
         lines.append(f"           outputs = PackedModel.load({str(self.path)!r})(inputs)")
@@ -47,6 +50,7 @@ def export_trial(
     trial: int | None = None,
     best: str | None = None,
     to: str = "packed",
+    codec: str | None = None,
     force: bool = False,
     data: str | None = None,
 ) -> ExportReport:
@@ -55,11 +59,15 @@ def export_trial(
     The packed file written at the end of the run is copied; a trial that was not packed yet
     (the run was killed, or it is not on the front) is quantized again from the task.
 
+    With `codec` "plain" or "entropy" the same weights are packed that way.
+
     Raises:
-        UsageError: no such trial or format, or `out` exists.
+        UsageError: no such trial, format or codec, or `out` exists.
     """
     if to not in FORMATS:
         raise UsageError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}")
+    if codec not in (None, *CODECS):
+        raise UsageError(f"--codec must be one of {', '.join(CODECS)}, got {codec!r}")
     if out.exists() and not force:
         raise UsageError(f"{out} exists already; choose another --out or add --force")
     if out.is_dir():
@@ -68,6 +76,8 @@ def export_trial(
     evaluation = choose_trial(run, trial=trial, best=best, storage=config.storage)
     prepared = _prepare(config, data)
     packed = pack_trial(prepared, evaluation, run)
+    if codec is not None:
+        packed = PackedModel.from_model(packed.model, codec)
     out.parent.mkdir(parents=True, exist_ok=True)
     packed.save(out)
     written = PackedModel.load(out)
@@ -80,6 +90,7 @@ def export_trial(
         {
             "size_bytes": written.size_bytes,
             "digest": packed.digest,
+            "codec": packed.codec,
             "vectors": f"{vectors.inputs[0].shape[0]} in {vectors_path(out).name}",
         },
     )

@@ -14,7 +14,7 @@ from quant_ops.executor import Executor
 from quant_ops.lowering import lower
 from quant_ops.packed import PackedModel
 from quant_ops.reference import run_torch
-from search.evaluation import Evaluation
+from search.evaluation import CODED, Evaluation
 from search.judge import Measurement
 from search.prepare import Prepared
 
@@ -72,14 +72,8 @@ def pack_trial(prepared: Prepared, evaluation: Evaluation, folder: Path) -> Pack
     """
     path = packed_path(folder, evaluation.trial)
     if not path.exists():
-        if evaluation.recipe:
-            raise VerificationError(
-                f"{path} is missing, and trial {evaluation.trial} ({evaluation.recipe}) cannot be "
-                f"written from its widths alone; recover its parent again: "
-                f"search recover {folder} --trial {evaluation.parent}"
-            )
         path.parent.mkdir(parents=True, exist_ok=True)
-        PackedModel.from_model(prepared.evaluator.bank.quantize(evaluation.candidate)).save(path)
+        _write_again(prepared, evaluation, folder).save(path)
     packed = PackedModel.load(path)
     if packed.size_bytes != evaluation.size_bytes:
         raise VerificationError(
@@ -91,6 +85,22 @@ def pack_trial(prepared: Prepared, evaluation: Evaluation, folder: Path) -> Pack
             f"{path} holds other weights than trial {evaluation.trial} was recorded with"
         )
     return packed
+
+
+def _write_again(prepared: Prepared, evaluation: Evaluation, folder: Path) -> PackedModel:
+    codec = CODED if evaluation.coded else "plain"
+    if evaluation.recipe in ("", CODED):  # the weights follow from the widths
+        model = prepared.evaluator.bank.quantize(evaluation.candidate)
+        return PackedModel.from_model(model, codec)
+    if evaluation.coded and evaluation.parent is not None:
+        parent = packed_path(folder, evaluation.parent)
+        if parent.exists():
+            return PackedModel.from_model(PackedModel.load(parent).model, codec)
+    raise VerificationError(
+        f"{packed_path(folder, evaluation.trial)} is missing, and trial {evaluation.trial} "
+        f"({evaluation.recipe}) cannot be written from its widths alone; recover its parent "
+        f"again: search recover {folder} --trial {evaluation.parent}"
+    )
 
 
 def measure_packed(prepared: Prepared, packed: PackedModel, split: str) -> Measurement:

@@ -26,6 +26,7 @@ from search.prepare import Prepared
 from search.quality import is_kl
 
 LEVELS = ("none", "fast", "full")
+RECOVERY = "recovery"  # fact beside a recovered trial: its steps
 Plan: TypeAlias = list[tuple[str, Callable[[QuantizedModel], QuantizedModel]]]
 RESAMPLES = 1000
 # a loss of this share of the worst is learned with few steps; so many decades above, with most

@@ -5,37 +5,43 @@ from pathlib import Path
 
 from quant_ops.errors import UsageError
 from quant_ops.packed import PackedModel
+from search.coding import Coder, code_front
 from search.config import RunConfig, read_config
 from search.context import Limits, RunContext
-from search.evaluation import Evaluation, within
+from search.evaluation import CODED, Evaluation, within
 from search.finish import packed_path
 from search.front import FrontInfo, ParetoFront
 from search.plots import thinned
 from search.prepare import Prepared
 from search.reallocation import as_searched, reallocated
 from search.record import Record
-from search.recovery import LEVELS, Recovery, RecoverySettings, Step
+from search.recovery import LEVELS, RECOVERY, Recovery, RecoverySettings, Step
 from search.reopened import reopen
 from search.settings import settings_of
 from search.strategies.table import RECOVERY as SETTINGS_OF
 
-RECOVERY = "recovery"  # fact beside a recovered trial: its steps
 MAX_RECOVERED = {"fast": 48, "full": 12}  # points of the front, evenly by rank
+MAX_REFITS = 3  # candidates recovered for one size because the coded file came out too long
 MOVED = "moved"  # fact beside a recovered trial: sizes at which its widths were moved
 BASELINE_SHARE = 3  # as many baselines as a third of that, each kind
 
 
 def recover_front(
-    prepared: Prepared, context: RunContext, record: Record, info: FrontInfo
+    prepared: Prepared,
+    context: RunContext,
+    record: Record,
+    info: FrontInfo,
+    coder: Coder | None = None,
 ) -> list[Evaluation]:
     """Recover the front and the baselines of a run, as its settings say; the new trials.
 
-    What an interrupted run has recovered before is not recovered again.
+    What an interrupted run has recovered before is not recovered again. With a `coder` it is
+    coded sizes that make the front and have to fit.
     """
     level = prepared.config.recover
     evaluations = [e for e in record.evaluations() if prepared.space.contains(e.candidate)]
     done = {e.parent for e in evaluations if e.recipe == level}
-    plain = [e for e in evaluations if not e.recipe]
+    plain = _seen([e for e in evaluations if not e.recipe], coder)
     todo = [e for e in _worth_recovering(plain, info, level) if e.trial not in done]
     settings = recovery_settings(prepared.config)
     recovery = Recovery(prepared, seed=prepared.config.seed, settings=settings)
@@ -44,10 +50,49 @@ def recover_front(
     for number, parent in enumerate(todo, start=1):
         out.append(_recover_one(recovery, context, record, parent, level)[0])
         context.listener.on_step(number, len(todo), f"recovered trial {parent.trial}")
+    if coder is not None:
+        for size in info.budgets.sizes:
+            out += _fit(recovery, context, record, info, coder, size)
     if level == "full" and settings.swaps:
         context.listener.on_phase("moving widths between layers")
         for size in info.budgets.sizes:
-            out += _reallocate(recovery, context, record, info, size)
+            out += _reallocate(recovery, context, record, info, coder, size)
+    return out
+
+
+def _seen(evaluations: Sequence[Evaluation], coder: Coder | None) -> list[Evaluation]:
+    """The evaluations at the size that counts."""
+    return list(evaluations) if coder is None else [coder.as_coded(e) for e in evaluations]
+
+
+def _fit(
+    recovery: Recovery,
+    context: RunContext,
+    record: Record,
+    info: FrontInfo,
+    coder: Coder,
+    size: int,
+) -> list[Evaluation]:
+    """Recover smaller candidates where recovery moved codes such that the coded file is too long.
+
+    Only what was recovered has a length that counts; each retry asks for less by the excess.
+    """
+    level, limit = recovery.prepared.config.recover, size
+    out: list[Evaluation] = []
+    for _ in range(MAX_REFITS):
+        evaluations = record.evaluations()
+        front = ParetoFront.of(_seen([e for e in evaluations if not e.recipe], coder), info)
+        if not front.points or front.points[0].size_bytes > limit:
+            return out
+        parent = front.best(limit)
+        found = [e for e in evaluations if e.parent == parent.trial and e.recipe == level]
+        if not found:
+            found = [_recover_one(recovery, context, record, parent, level)[0]]
+            out += found
+        excess = coder.as_coded(found[0]).size_bytes - size
+        if excess <= 0:
+            return out
+        limit = min(limit - excess, parent.size_bytes - 1)
     return out
 
 
@@ -71,12 +116,16 @@ def recover_trial(
     if level not in LEVELS[1:]:
         raise UsageError(f"--recover must be one of {', '.join(LEVELS[1:])}, got {level!r}")
     run = reopen(folder, data=data)
+    known = {e.trial: e for e in run.record.evaluations()}
     parent = run.trial(trial)
-    if parent.recipe and parent.parent is not None:  # start from its codes' own origin
-        parent = {e.trial: e for e in run.record.evaluations()}.get(parent.parent, parent)
-    settings = recovery_settings(run.prepared.config)
-    recovery = Recovery(run.prepared, seed=run.prepared.config.seed, settings=settings)
+    while parent.recipe and parent.parent in known:  # start from its codes' own origin
+        parent = known[parent.parent]
+    config = run.prepared.config
+    recovery = Recovery(run.prepared, seed=config.seed, settings=recovery_settings(config))
     evaluation, steps = _recover_one(recovery, run.context, run.record, parent, level)
+    if config.codec == CODED:
+        coder = Coder(run.prepared, folder)
+        code_front(run.prepared, run.context, run.record, run.front.info, coder)
     run.write_front()
     return evaluation, steps
 
@@ -95,7 +144,12 @@ def _recover_one(
 
 
 def _reallocate(
-    recovery: Recovery, context: RunContext, record: Record, info: FrontInfo, size: int
+    recovery: Recovery,
+    context: RunContext,
+    record: Record,
+    info: FrontInfo,
+    coder: Coder | None,
+    size: int,
 ) -> list[Evaluation]:
     """Move widths of the best recovered point of a size and recover again, while that helps.
 
@@ -104,7 +158,7 @@ def _reallocate(
     out: list[Evaluation] = []
     for _ in range(recovery.settings.swaps):
         recovered = [e for e in record.evaluations() if e.recipe == "full"]
-        front = ParetoFront.of(recovered, info)
+        front = ParetoFront.of(_seen(recovered, coder), info)
         if not front.points or front.points[0].size_bytes > size:
             return out
         point = front.best(size)
@@ -112,7 +166,8 @@ def _reallocate(
             return out
         read = PackedModel.load(packed_path(context.run_folder, point.trial)).model
         model = as_searched(read, recovery.prepared, point.candidate)
-        found = reallocated(recovery.prepared, model, size)
+        saved = context.size_of(point.candidate) - point.size_bytes
+        found = reallocated(recovery.prepared, model, size + saved)
         tried = {e.candidate for e in recovered}
         if found is not None and found not in tried:
             context.begin("reallocation", Limits(None, None))

@@ -64,6 +64,7 @@ def verify_file(
     facts: dict[str, Any] = {
         "size": f"{format_size(packed.size_bytes)} ({packed.size_bytes:,} bytes)",
         "digest": packed.digest,
+        "codec": packed.codec,
         "layers": len(packed.model.layers),
     }
     facts["test_vectors"] = _check_vectors(path, packed)
@@ -136,13 +137,15 @@ def _compare_with_run(
     _require_same_structure(packed, prepared)
     from search.record import Record
 
-    digests = {}
+    plain = PackedModel.from_model(packed.model)
+    sizes, digests = {packed.size_bytes, plain.size_bytes}, {packed.digest, plain.digest}
+    alike = {}
     for evaluation in Record.open(run, storage=config.storage).evaluations():
-        if evaluation.size_bytes == packed.size_bytes and not evaluation.pruned:
-            digests[evaluation.trial] = evaluation
-    for trial, evaluation in digests.items():
+        if evaluation.size_bytes in sizes and not evaluation.pruned:
+            alike[evaluation.trial] = evaluation
+    for trial, evaluation in alike.items():
         if evaluation.recipe:  # its weights are not a function of its widths
-            if evaluation.weights_digest == packed.digest:
+            if evaluation.weights_digest in digests:
                 return {"codes": f"equal to trial {trial} of {run}: the same weights"}
             continue
         model = prepared.evaluator.bank.quantize(evaluation.candidate)

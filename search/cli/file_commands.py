@@ -21,6 +21,10 @@ def export(
     trial: Annotated[int | None, typer.Option(help="Trial number, as `search show` lists.")] = None,
     best: Annotated[str | None, typer.Option(help="Best point at or under a size: 2MB.")] = None,
     to: Annotated[str, typer.Option("--to", help="Format: packed.")] = "packed",
+    codec: Annotated[
+        str | None,
+        typer.Option("--codec", help="Pack anew: plain, or entropy (entropy-coded weights)."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
     data: DataOption = None,
     as_json: JsonOption = False,
@@ -28,7 +32,9 @@ def export(
     """Write one point of a run's front as a file that runs on its own."""
     from search.export import export_trial
 
-    report = export_trial(run, out, trial=trial, best=best, to=to, force=force, data=data)
+    report = export_trial(
+        run, out, trial=trial, best=best, to=to, codec=codec, force=force, data=data
+    )
     print(json.dumps(report.to_json(), indent=1) if as_json else report.to_text())
     return 0
 
