@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -18,13 +19,14 @@ from quant_ops.layout import to_canonical
 from quant_ops.perturbation import predicted_losses
 from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel
 from quant_ops.sensitivity import gaussian_gradient, sampled_label_gradient
+from quant_ops.weight_gradients import channel_gradients
 from search.capture import Traced
 from search.data import Split
 from search.evaluation import Evaluation
 from search.judge import Judge, Measurement, Tally, are_logits
 from search.prefix import Network, PrefixRunner
 from search.quality import QualityLoss
-from search.strategy import ChannelLosses
+from search.strategy import ChannelFacts, ChannelLosses
 from search.task import Metric
 
 PREDICTION_BATCH = 32  # gradients of every class are held for one batch
@@ -166,6 +168,26 @@ class Evaluator:
         )
         rows = {n: to_canonical(graph.layer_of[n], self._weight(n)).flatten(1) for n in widths}
         return {n: (losses[n], rows[n].double().std(dim=1).numpy()) for n in widths}
+
+    def channel_facts(self, split: str = "probe") -> dict[str, ChannelFacts]:
+        """Per searchable layer its channels' weights, norms and squared gradients."""
+        outputs, graph = self.judge(split).float_outputs, self.traced.graph
+        logits = bool(outputs) and are_logits(outputs[0])
+        gradients = channel_gradients(
+            graph,
+            self.bank.float_params,
+            self._small_batches(split).batches,
+            sampled_label_gradient if logits else gaussian_gradient,
+        )
+        facts = {}
+        for layer in graph.searchable_layers:
+            rows = to_canonical(layer, self._weight(layer.name)).flatten(1).double().numpy()
+            _, gamma = self.traced.norms.get(layer.name, (None, torch.ones(layer.out_channels)))
+            found = gradients[layer.name]
+            facts[layer.name] = ChannelFacts(
+                rows, gamma.double().numpy(), found.taylor, found.trace
+            )
+        return facts
 
     def _weight(self, layer: str) -> Tensor:
         return self.bank.float_params[self.traced.graph.layer_of[layer].weight]

@@ -12,7 +12,7 @@ from quant_ops.quantized import QuantizedModel
 from search.evaluation import Evaluation
 from search.space import SearchSpace
 from search.strategies.table import make_strategy
-from search.strategy import ChannelLosses, Context, Strategy, Traits
+from search.strategy import ChannelFacts, ChannelLosses, Context, Remaining, Strategy, Traits
 
 OPENING = ("uniform", "rate-distortion")  # each runs to its end
 BY_CHANNEL = ("channel-allocation",)  # then these, where channels have widths of their own
@@ -110,6 +110,9 @@ class Share:
     def channel_losses(self) -> ChannelLosses:
         return self._context.channel_losses()
 
+    def channel_facts(self) -> Mapping[str, ChannelFacts]:
+        return self._context.channel_facts()
+
     def size_of(self, candidate: Candidate) -> int:
         return self._context.size_of(candidate)
 
@@ -128,6 +131,12 @@ class Share:
 
     def should_stop(self) -> bool:
         return self._left == 0 or self._context.should_stop()
+
+    def remaining(self) -> Remaining:
+        return self._context.remaining()
+
+    def report(self, text: str) -> None:
+        self._context.report(text)
 
     def folder(self, name: str) -> Path:
         return self._context.folder(name)
