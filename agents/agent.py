@@ -1,4 +1,4 @@
-"""What the agents of the strategy table have in common: one campaign with the parts of their own."""
+"""What the agents of the strategy table have in common."""
 
 import json
 from dataclasses import dataclass

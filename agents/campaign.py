@@ -120,6 +120,7 @@ class Campaign:
         self._known = [e for e in context.history() if _usable(e)]
         self._seen = {e.candidate for e in context.history()}
         self._baseline = Baseline(self._known)
+        self._genomes: dict[Candidate, tuple[int, ...]] = {}
         self._rewards: list[float] = []
         self._best = -np.inf
         self._ensemble = Ensemble(problem, self._law(), settings.members)
@@ -158,13 +159,11 @@ class Campaign:
             self._known += [
                 e for e in context.history() if e.candidate not in before and _usable(e)
             ]
-            self._baseline = Baseline(
-                [e for e in self._known if e.candidate in self._seen]
-            )
+            self._baseline = Baseline(self._known)
         with seeded(context.seed, 0, name, "rehearse") as generator:
             for evaluation in self._known[-DEMONSTRATIONS:]:
                 self._remember_in_hindsight(evaluation)
-            self._ensemble.fit(self._known, generator)
+            self._fit(generator)
             if self._known:
                 self._pilot.learn(REHEARSAL * self._settings.steps)
 
@@ -224,7 +223,7 @@ class Campaign:
         budget = goal.budget_bytes
         near = [e for e in self._known if budget / NEAR <= e.size_bytes <= NEAR * budget]
         near.sort(key=lambda e: -self._baseline.reward(e.loss, e.size_bytes))
-        return [self._context.space.encode(e.candidate) for e in near[:ELITES]]
+        return [self._genome(e) for e in near[:ELITES]]
 
     def _ordered(
         self,
@@ -243,9 +242,7 @@ class Campaign:
         predicted = self._ensemble.log_losses(genomes, slot + batch)
         return [rolled[i] for i in np.argsort(predicted, kind="stable")]
 
-    def _first_new(
-        self, rolled: Sequence[RollOut], goal: Goal
-    ) -> tuple[Candidate, RollOut] | None:
+    def _first_new(self, rolled: Sequence[RollOut], goal: Goal) -> tuple[Candidate, RollOut] | None:
         for one in rolled[:TRIES]:
             genome = self._wall.lower(self._context, one.genome, goal.limits)
             candidate = self._context.space.decode(genome)
@@ -254,9 +251,7 @@ class Campaign:
                 return candidate, one
         return None
 
-    def _wild(
-        self, goal: Goal, generator: np.random.Generator
-    ) -> tuple[Candidate, RollOut] | None:
+    def _wild(self, goal: Goal, generator: np.random.Generator) -> tuple[Candidate, RollOut] | None:
         asks = [Ask(goal.budget_bytes, WILD, None, goal.zeros)] * RETRIES
         for one in self._pilot.roll_out(self._problem, asks, generator):
             found = self._first_new([one], goal)
@@ -275,7 +270,7 @@ class Campaign:
             reward = self._baseline.reward(evaluation.loss, goal.budget_bytes)
             self._pilot.remember(
                 self._problem,
-                self._context.space.encode(evaluation.candidate),
+                self._genome(evaluation),
                 goal.budget_bytes,
                 reward,
                 goals=rolled.goals,
@@ -284,14 +279,29 @@ class Campaign:
             self._remember_in_hindsight(evaluation, goal.zeros)
             rewards.append(reward)
         self._known += [e for e in evaluations if _usable(e)]
-        self._ensemble.fit(self._known, generator)
+        self._fit(generator)
         self._pilot.learn(self._settings.steps)
         self._rewards += rewards
         self._best = max(self._best, *rewards)
         self._context.report(
-            f"episode {len(self._rewards)}  reward {np.mean(rewards):+.2f}  "
-            f"best {self._best:+.2f}"
+            f"episode {len(self._rewards)}  reward {np.mean(rewards):+.2f}  best {self._best:+.2f}"
         )
+
+    def _fit(self, generator: np.random.Generator) -> None:
+        used = [e for e in self._known if np.isfinite(e.loss)]
+        if used:
+            self._ensemble.fit(
+                np.array([self._genome(e) for e in used], np.intp),
+                np.array([e.loss for e in used]),
+                np.array([e.size_bytes for e in used], float),
+                generator,
+            )
+
+    def _genome(self, evaluation: Evaluation) -> tuple[int, ...]:
+        candidate = evaluation.candidate
+        if candidate not in self._genomes:
+            self._genomes[candidate] = self._context.space.encode(candidate)
+        return self._genomes[candidate]
 
     def _remember_in_hindsight(
         self, evaluation: Evaluation, zeros: NDArray[np.bool_] | None = None
@@ -299,7 +309,7 @@ class Campaign:
         """As if the bytes that it takes had been the budget, and the widths it has the goals."""
         self._pilot.remember(
             self._problem,
-            self._context.space.encode(evaluation.candidate),
+            self._genome(evaluation),
             evaluation.size_bytes,
             self._baseline.reward(evaluation.loss, evaluation.size_bytes),
             zeros=zeros,

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 from agents.problem import Ints, Problem
-from agents.reward import log_loss
-from search.evaluation import Evaluation
+from agents.reward import FLOOR
 from search.strategies.channel_allocation import group_tables
 from search.strategies.distortion import measure_table
 from search.strategies.surrogate import GeneTable
@@ -94,20 +93,19 @@ class Ensemble:
         """Whether there was enough to learn from."""
         return bool(self._members)
 
-    def fit(self, evaluations: Sequence[Evaluation], generator: np.random.Generator) -> None:
-        """Fit on whole candidates with plain weights."""
-        used = [e for e in evaluations if np.isfinite(e.loss) and not e.recipe and not e.pruned]
-        used = used[-MOST_ROWS:]
-        if len(used) < LEAST_ROWS:
+    def fit(
+        self, genomes: Ints, losses: Floats, sizes: Floats, generator: np.random.Generator
+    ) -> None:
+        """Fit on (n, genes) positions, (n,) finite losses and (n,) exact bytes, the latest last."""
+        rows = self._law.features(genomes[-MOST_ROWS:])
+        losses = np.maximum(losses[-MOST_ROWS:], FLOOR)
+        sizes = np.log2(sizes[-MOST_ROWS:])
+        if len(losses) < LEAST_ROWS:
             return
-        space = self._problem.space
-        rows = self._law.features(np.array([space.encode(e.candidate) for e in used], np.intp))
-        losses = np.array([max(e.loss, 1e-9) for e in used])
-        sizes = np.log2([float(e.size_bytes) for e in used])
         self._centre = float(sizes.mean())
         self._members = []
         for _ in range(self._n):
-            trust = generator.exponential(size=len(used))
+            trust = generator.exponential(size=len(losses))
             weights = _weights(rows, losses, trust)
             left = np.log(losses) - np.log(np.maximum(rows @ weights, 1e-12))
             basis = _basis(sizes - self._centre) * np.sqrt(trust)[:, None]
@@ -121,15 +119,6 @@ class Ensemble:
         sizes = np.log2([self._problem.size.estimate(g) for g in genomes]) - self._centre
         total = np.maximum(self._law.features(genomes) @ weights, 1e-12)
         return np.asarray(np.log(total) + _basis(sizes) @ bend)
-
-    def error(self, evaluations: Sequence[Evaluation]) -> float:
-        """Root mean square of ln(loss) missed on these evaluations, all members in the mean."""
-        genomes = np.array(
-            [self._problem.space.encode(e.candidate) for e in evaluations], np.intp
-        )
-        predicted = np.mean([self.log_losses(genomes, m) for m in range(self._n)], axis=0)
-        measured = np.array([log_loss(e.loss) for e in evaluations])
-        return float(np.sqrt(np.mean((predicted - measured) ** 2)))
 
 
 def _weights(rows: Floats, losses: Floats, trust: Floats) -> Floats:

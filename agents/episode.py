@@ -6,7 +6,7 @@ action that would have made it, under any budget, for hindsight and demonstratio
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,8 +64,9 @@ class Episode:
     ) -> None:
         self.problem = problem
         self.budget_bytes = budget_bytes
-        self.genome: Ints = problem.widest
+        self.genome: Ints = problem.widest.copy()
         self._zeros = zeros
+        self._total_bits = 8 * (budget_bytes - problem.size.fixed) / problem.n_weights
         self._gone = np.zeros(problem.size.n_components)
         self._spent = problem.size.fixed
         self._ahead = problem.n_weights
@@ -73,7 +74,9 @@ class Episode:
         self._at = -1
         self._goal = BITS
         self._parts: list[Ints] = []
-        self._part = 0
+        self._part = self._floor = self._n_survivors = 0
+        self._part_weights: list[float] = []
+        self._placed_weights = self._placed_bits = 0.0
         self._settle_until_choice()
 
     @property
@@ -110,30 +113,24 @@ class Episode:
 
     def channel_observation(self) -> Row:
         """(len(CHANNEL_FIELDS),) in [0, 1], of the next rank group."""
-        layer, part = self.layer, self._parts[self._part]
-        weights = [layer.weights[p].sum() for p in self._parts]
-        survivors = sum(len(p) for p in self._parts)
+        layer, part = self.layer, self._part
         values = (
             *self._budget_fields(),
-            1 - survivors / layer.n_genes,
+            1 - self._n_survivors / layer.n_genes,
             self._goal / BITS,
             self.needed_width / BITS,
-            self._part / max(1, len(self._parts) - 1),
-            float(sum(weights[self._part :]) / sum(weights)),
-            math.log(max(float(layer.scores[part].mean()), 1e-6)) / 8 + 0.5,
-            float(layer.widths[self._floor]) / BITS if self._part else 0.0,
+            part / max(1, len(self._parts) - 1),
+            1 - self._placed_weights / sum(self._part_weights),
+            math.log(max(float(layer.scores[self._parts[part]].mean()), 1e-6)) / 8 + 0.5,
+            float(layer.widths[self._floor]) / BITS if part else 0.0,
         )
         return _row(layer, values)
 
     @property
     def needed_width(self) -> float:
         """Mean width that this and later rank groups need to meet the goal."""
-        layer = self.layer
-        ahead = np.concatenate(self._parts[self._part :])
-        behind = np.concatenate([*self._parts[: self._part], np.zeros(0, np.intp)])
-        total = self._goal * (layer.weights[ahead].sum() + layer.weights[behind].sum())
-        given = layer.widths[self.genome[layer.start + behind]] @ layer.weights[behind]
-        return float((total - given) / layer.weights[ahead].sum())
+        total = sum(self._part_weights)
+        return (self._goal * total - self._placed_bits) / (total - self._placed_weights)
 
     def decision_of(self, sparsity: float | None, width: float | None) -> LayerDecision:
         """The decision that actions in [-1, 1] stand for; None prunes nothing, or is widest.
@@ -169,17 +166,24 @@ class Episode:
         else:
             gone = np.flatnonzero(self._zeros[layer.start : layer.start + layer.n_genes])
         self.genome[layer.start + gone] = 0
-        self.begin_survivors(decision.goal, np.setdiff1d(np.arange(layer.n_genes), gone))
+        stays = np.ones(layer.n_genes, np.bool_)
+        stays[gone] = False
+        self.begin_survivors(decision.goal, np.flatnonzero(stays))
         if not self._parts:
             self._settle()
 
     def begin_survivors(self, goal: float, survivors: Ints) -> None:
         """Split the survivors into rank groups that are to get `goal` bits in the mean."""
         order = self.layer.order
-        ranked = order[np.isin(order, survivors)]
+        stays = np.zeros(len(order), np.bool_)
+        stays[survivors] = True
+        ranked = order[stays[order]]
         n = min(self.problem.groups, len(ranked))
         self._parts = list(np.array_split(ranked, n)) if n else []
-        self._part = 0
+        self._part_weights = [float(self.layer.weights[part].sum()) for part in self._parts]
+        self._n_survivors = len(ranked)
+        self._part = self._floor = 0
+        self._placed_weights = self._placed_bits = 0.0
         self._goal = goal
 
     def width_of(self, action: float) -> int:
@@ -193,9 +197,7 @@ class Episode:
 
     def place(self, position: int) -> bool:
         """Give the next rank group a width; True when the layer is complete."""
-        layer = self.layer
-        self.genome[layer.start + self._parts[self._part]] = position
-        self._part += 1
+        self._put(position, float(self.layer.widths[position]))
         if self._part < len(self._parts):
             return False
         self._settle()
@@ -222,29 +224,33 @@ class Episode:
         """Mean width that the layer controller asked of the present layer."""
         return self._goal
 
-    def mean_width_of(self, positions: Ints) -> float:
+    def followed_width(self, positions: Ints) -> float:
         """Mean width that a layer's positions give to the survivors of the next rank group."""
-        layer, part = self.layer, self._parts[self._part]
-        return share_and_width(
-            replace(layer, weights=layer.weights[part]), positions[part]
-        )[1]
+        part = self._parts[self._part]
+        return self.mean_width(part, positions[part])
 
     def record_widths(self, positions: Ints) -> None:
         """Give the next rank group its final positions, while a decision is retraced."""
-        self.genome[self.layer.start + self._parts[self._part]] = positions
+        self._put(positions, self.mean_width(self._parts[self._part], positions))
+
+    def mean_width(self, part: Ints, positions: Ints) -> float:
+        """Mean width by weights of some genes of the layer at `positions`; survivors alone."""
+        layer = self.layer
+        weights = layer.weights[part] * ~layer.is_zero[positions]
+        total = float(weights.sum())
+        return float(layer.widths[positions] @ weights) / total if total else 0.0
+
+    def _put(self, positions: Ints | int, width: float) -> None:
+        part, weights = self._parts[self._part], self._part_weights[self._part]
+        self.genome[self.layer.start + part] = positions
+        self._placed_weights += weights
+        self._placed_bits += weights * width
+        # widths do not fall with importance
+        self._floor = int(np.max(positions))
         self._part += 1
 
-    @property
-    def _floor(self) -> int:
-        """Widths do not fall with importance."""
-        if not self._part:
-            return 0
-        layer = self.layer
-        return int(self.genome[layer.start + self._parts[self._part - 1]].max())
-
     def _budget_fields(self) -> tuple[float, float]:
-        total = 8 * (self.budget_bytes - self.problem.size.fixed) / self.problem.n_weights
-        return total / BITS, self.even_bits / BITS
+        return self._total_bits / BITS, self.even_bits / BITS
 
     def _settle(self) -> None:
         """Account for the layer and go to the next one that has a choice."""
@@ -260,23 +266,25 @@ class Episode:
     def _account(self) -> None:
         layer, size = self.layer, self.problem.size
         terms = size.layers[self._at]
-        self._gone += size.zeros_of(terms, self.genome)
+        size.count_zeros(terms, self.genome, self._gone)
         self._spent += size.layer_bytes(terms, self.genome, self._gone)
-        self._ahead -= float(layer.weights.sum())
+        self._ahead -= layer.n_weights
         positions = self.genome[layer.start : layer.start + layer.n_genes]
         self._last = share_and_width(layer, positions)
 
 
 def share_and_width(layer: LayerFacts, positions: Ints) -> tuple[float, float]:
     """(share of genes at 0 bits, mean width of the rest by weights) of one layer's positions."""
-    widths = layer.widths[positions]
-    kept = widths > 0
-    weights = layer.weights[kept]
-    if not kept.any():
+    gone = layer.is_zero[positions]
+    n_gone = int(gone.sum())
+    if n_gone == len(gone):
         return 1.0, 0.0
-    return float(1 - kept.mean()), float(widths[kept] @ weights / weights.sum())
+    weights = layer.weights * ~gone
+    return n_gone / len(gone), float(layer.widths[positions] @ weights / weights.sum())
 
 
 def _row(layer: LayerFacts, values: tuple[float, ...]) -> Row:
-    row = np.concatenate([layer.observation, np.array(values)])
-    return np.clip(row, 0.0, 1.0).astype(np.float32)
+    row = np.empty(len(layer.observation) + len(values), np.float32)
+    row[: len(layer.observation)] = layer.observation
+    row[len(layer.observation) :] = [min(max(v, 0.0), 1.0) for v in values]
+    return row

@@ -151,7 +151,7 @@ class Pilot:
             for (number, followed), action in zip(waiting, actions, strict=True):
                 episode = episodes[number]
                 if followed is not None:
-                    width = episode.mean_width_of(followed)
+                    width = episode.followed_width(followed)
                     if width:
                         action = np.array([episode.channel_action_of(width)], np.float32)
                 moved = _noisy(action, asks[number].noise, generator)
@@ -166,7 +166,7 @@ class Pilot:
     def _followed_action(self, episode: Episode, positions: Ints) -> Rows:
         layer = episode.layer
         _, mean = share_and_width(layer, positions)
-        n_pruned = int((layer.widths[positions] == 0).sum())
+        n_pruned = int(layer.is_zero[positions].sum())
         pair = episode.action_of(LayerDecision(n_pruned, mean or episode.even_bits))
         both = dict(zip(("sparsity", "width"), pair, strict=True))
         return np.array([both[name] for name in self.scope.actions], np.float32)

@@ -80,7 +80,7 @@ def _folder(path: Path, strategy: str) -> Path:
     if not (folder / DESCRIPTION).exists():
         raise UsageError(
             f"{path} holds no policy of {strategy!r} (there is no {DESCRIPTION}); give the folder "
-            f"of a run with --strategy {strategy}, or its {'/'.join(INSIDE_A_RUN)}/{strategy}-policy"
+            f"of a run with --strategy {strategy}, or the policy's own folder"
         )
     return folder
 
@@ -99,10 +99,12 @@ def _description(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path} names no algorithm of {', '.join(ALGORITHMS)} and its size")
     if not isinstance(content.get("layout"), dict):
         raise UsageError(f"{path} does not say what its controllers see")
-    return content
+    return dict(content)
 
 
-def _require_layout(folder: Path, found: dict[str, list[str]], wanted: dict[str, list[str]]) -> None:
+def _require_layout(
+    folder: Path, found: dict[str, list[str]], wanted: dict[str, list[str]]
+) -> None:
     for what in sorted(found.keys() | wanted.keys()):
         theirs, ours = found.get(what, []), wanted.get(what, [])
         if theirs != ours:

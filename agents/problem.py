@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,10 +73,20 @@ class LayerFacts:
         """Whether there is anything to decide."""
         return len(self.widths) > 1
 
+    @cached_property
+    def n_weights(self) -> float:
+        """Number of weights."""
+        return float(self.weights.sum())
+
+    @cached_property
+    def is_zero(self) -> NDArray[np.bool_]:
+        """(widths,): whether a position means 0 bits."""
+        return np.asarray(self.widths == 0)
+
     def nearest(self, width: float, at_least: int = 0) -> int:
         """Position of the nearest width that keeps a channel, not before `at_least`."""
         start = max(self.first_width, at_least)
-        return start + int(np.argmin(np.abs(self.widths[start:] - width)))
+        return start + int(np.abs(self.widths[start:] - width).argmin())
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,15 +128,15 @@ class Problem:
             (float(min(low, high)), float(high)), groups,
         )  # fmt: skip
 
-    @property
+    @cached_property
     def widest(self) -> Ints:
         """Every gene at its widest width."""
         return np.array([len(w) - 1 for w in self.space.gene_widths], dtype=np.intp)
 
-    @property
+    @cached_property
     def n_weights(self) -> float:
         """Weights of all layers."""
-        return float(sum(layer.weights.sum() for layer in self.layers))
+        return sum(layer.n_weights for layer in self.layers)
 
 
 def prunable_genes(space: SearchSpace) -> list[NDArray[np.bool_]]:
@@ -141,7 +152,9 @@ def prunable_genes(space: SearchSpace) -> list[NDArray[np.bool_]]:
         n = space.graph.layer_of[choice.name].out_channels
         may = 0 in choice.bit_widths and len(choice.bit_widths) > 1
         if not choice.groups:
-            out.append(np.array([may]))  # a whole layer at 0 bits is legal only where it is bypassed
+            out.append(
+                np.array([may])
+            )  # a whole layer at 0 bits is legal only where it is bypassed
             continue
         stays = [any((choice.name, c) in held for c in group) for group in choice.groups]
         out.append(np.array([may and n > 1 and not s for s in stays]))
@@ -159,6 +172,8 @@ def require_prunable(space: SearchSpace, strategy: str, instead: str) -> None:
     free = [choice for choice in space.layers if len(choice.bit_widths) > 1]
     if not free:
         reason = "every layer is pinned to one width; drop a --pin"
+    elif not any(choice.groups for choice in free):
+        reason = "widths are per layer here, use --granularity channel or group"
     elif not any(0 in choice.bit_widths for choice in free):
         reason = (
             "no layer may have 0 bits; put 0 into --bits and choose a target that removes channels"

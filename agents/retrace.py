@@ -67,7 +67,7 @@ def retrace(
         layer = episode.layer
         positions = final[layer.start : layer.start + layer.n_genes]
         _, mean = share_and_width(layer, positions)
-        n_pruned = int((layer.widths[positions] == 0).sum())
+        n_pruned = int(layer.is_zero[positions].sum())
         goal = mean if goals is None or not mean else goals[step]
         observation = episode.layer_observation()
         executed = LayerDecision(n_pruned, mean or float(layer.widths[layer.first_width]))
@@ -86,11 +86,10 @@ def _channel_transitions(
     layer = episode.layer
     _, mean = share_and_width(layer, positions)
     intrinsic = -GOAL_WEIGHT * abs(mean - decision.goal)
-    episode.begin_survivors(decision.goal, np.flatnonzero(layer.widths[positions] > 0))
+    episode.begin_survivors(decision.goal, np.flatnonzero(~layer.is_zero[positions]))
     out = []
     for part in episode.parts:
-        weights = layer.weights[part]
-        width = float(layer.widths[positions[part]] @ weights / weights.sum())
+        width = episode.followed_width(positions)
         observation = episode.channel_observation()
         action = np.array([episode.channel_action_of(width)], np.float32)
         out.append(Transition(observation, action, intrinsic))

@@ -20,9 +20,7 @@ class Baseline:
     """
 
     def __init__(self, evaluations: Sequence[Evaluation]) -> None:
-        plain = [
-            e for e in evaluations if math.isfinite(e.loss) and not e.pruned and not e.recipe
-        ]
+        plain = [e for e in evaluations if math.isfinite(e.loss) and not e.pruned and not e.recipe]
         front: list[Evaluation] = []
         known = [e for e in plain if e.strategy in REFERENCES]
         for evaluation in sorted(known, key=lambda e: (e.size_bytes, e.loss)):

@@ -65,16 +65,18 @@ class SizeModel:
         """Bytes of a whole genome."""
         zero = np.zeros(self.n_components)
         for layer in self.layers:
-            zero += self.zeros_of(layer, genome)
+            self.count_zeros(layer, genome, zero)
         return self.fixed + sum(self.layer_bytes(x, genome, zero) for x in self.layers)
 
-    def zeros_of(self, layer: LayerTerms, genome: Ints) -> Floats:
-        """(components,): how many members of each set this layer has at width 0."""
+    def count_zeros(self, layer: LayerTerms, genome: Ints, zero: Floats) -> None:
+        """Add to (components,) how many members of each set this layer has at width 0."""
         start, stop = layer.genes
         if layer.widths[0] > 0:
-            return np.zeros(self.n_components)
-        gone = (genome[start:stop] == 0)[layer.gene_of_channel]
-        return np.bincount(layer.component, weights=gone, minlength=self.n_components)
+            return
+        gone = genome[start:stop] == 0
+        if gone.any():
+            # channels of one layer may belong to one set
+            np.add.at(zero, layer.component[gone[layer.gene_of_channel]], 1.0)
 
     def layer_bytes(self, layer: LayerTerms, genome: Ints, zero: Floats) -> float:
         """Bytes of one layer; `zero` counts the members of each set that are at width 0."""

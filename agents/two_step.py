@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.agent import AgentStrategy
-from agents.campaign import AgentSettings, Campaign, Goal
+from agents.campaign import Campaign, Goal
 from agents.controllers import seeded
 from agents.pilot import Pilot, Scope
 from agents.policy_store import save_policy
@@ -38,7 +38,7 @@ class TwoStep(AgentStrategy):
     scope = Scope(widths=False, by_channel=False)
 
     @dataclass(frozen=True, slots=True)
-    class Settings(AgentSettings):
+    class Settings(AgentStrategy.Settings):
         """See `AgentSettings`.
 
         Attributes:

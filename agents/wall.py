@@ -70,13 +70,9 @@ class Wall:
     def estimated(self, genome: Ints, budget_bytes: float) -> Ints:
         """The genome inside `budget_bytes` by the estimate alone, or as small as it gets."""
         path = self._path(genome)
-        size = self._problem.size
-        n = _bisect(lambda n: size.estimate(path.after(n)) <= budget_bytes, path.n_steps)
-        return path.after(path.n_steps if n is None else n)
+        return path.after(self._steps_to(path, budget_bytes))
 
-    def lower(
-        self, context: Context, genome: Ints, limits: Mapping[str, float]
-    ) -> tuple[int, ...]:
+    def lower(self, context: Context, genome: Ints, limits: Mapping[str, float]) -> tuple[int, ...]:
         """The genome inside every limit (cost name to limit); the smallest one if none fits."""
         space = self._problem.space
         path = self._path(genome)
@@ -98,9 +94,7 @@ class Wall:
         space, size, offset = self._problem.space, self._problem.size, 0.0
         best: int | None = None
         for _ in range(CORRECTIONS):
-            room = limit - offset
-            n = _bisect(lambda n, room=room: size.estimate(path.after(n)) <= room, path.n_steps)
-            n = path.n_steps if n is None else n
+            n = self._steps_to(path, limit - offset)
             genome = path.after(n)
             exact = context.size_of(space.decode(genome.tolist()))
             if exact <= limit and (best is None or n < best):
@@ -109,6 +103,12 @@ class Wall:
                 break
             offset = exact - size.estimate(genome)
         return best
+
+    def _steps_to(self, path: Path, size_bytes: float) -> int:
+        """The fewest steps to an estimate of `size_bytes`; all of them if that is not reached."""
+        size = self._problem.size
+        n = _bisect(lambda n: size.estimate(path.after(n)) <= size_bytes, path.n_steps)
+        return path.n_steps if n is None else n
 
     def _path(self, genome: Ints) -> Path:
         """First down to the floors, then to the bottom."""

@@ -78,9 +78,7 @@ def channel_gradients(
                     trace[layer.name] += rows.square().sum(1).numpy()
         count += len(outputs[0])
     scale = 1 / max(1, count * DRAWS)
-    return {
-        x.name: ChannelGradients(taylor[x.name] * scale, trace[x.name] * scale) for x in layers
-    }
+    return {x.name: ChannelGradients(taylor[x.name] * scale, trace[x.name] * scale) for x in layers}
 
 
 def _with_signs(gradient: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,6 +25,7 @@ from search.report import float_test_of, known_test_metrics
 from search.runners.base import Runner
 from search.runners.in_process import InProcess
 from search.show import read_front, write_unfinished
+from search.space import SearchSpace
 from search.strategies.table import RECOVERY, make_strategy, parse_settings
 from search.strategy import SearchOver
 from search.task import Task
@@ -71,7 +72,7 @@ def run_search(
     asked = Budgets.parse(config.budgets)
     budgets = asked.limits
     require_reachable(prepared, budgets)
-    _require_strategies(config)
+    _require_strategies(config, prepared.space)
     listener.on_phase("measuring the float model")
     require_sound_float(prepared)
     info = front_info(prepared, asked)
@@ -250,12 +251,14 @@ def _open_record(prepared: Prepared, folder: Path, resume: bool) -> Record:
     return Record.create(folder, name=name, metadata=prepared.digests, storage=storage)
 
 
-def _require_strategies(config: RunConfig) -> None:
-    """Refuse unknown strategies and settings before anything is written or measured."""
+def _require_strategies(config: RunConfig, space: SearchSpace) -> None:
+    """Refuse strategies and settings that do not fit, before anything is written or measured."""
     settings = _settings_of(config)
     recovery_settings(config)
     for name in {*config.strategies, *settings} - {RECOVERY}:
-        make_strategy(name, settings.get(name))
+        strategy = make_strategy(name, settings.get(name))
+        if name in config.strategies:
+            strategy.check(space)
 
 
 def _settings_of(config: RunConfig) -> dict[str, dict[str, str]]:

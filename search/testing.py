@@ -128,6 +128,7 @@ class FakeContext:
     n_probes: int = 0
     reports: list[str] = field(default_factory=list)
     path: Path | None = None
+    seconds: float | None = None
     space: SearchSpace = field(init=False)
 
     def __post_init__(self) -> None:
@@ -209,8 +210,8 @@ class FakeContext:
         return len(self.answered) >= self.trials
 
     def remaining(self) -> Remaining:
-        """The trials that are left."""
-        return Remaining(trials=self.trials - len(self.answered))
+        """The trials that are left, and what was said of the time."""
+        return Remaining(self.trials - len(self.answered), self.seconds)
 
     def report(self, text: str) -> None:
         """Kept."""

@@ -20,10 +20,18 @@ def register(app: typer.Typer) -> None:
         app.command(command.__name__)(command)
 
 
-def show(run: RunArgument, as_json: JsonOption = False) -> int:
+def show(
+    run: RunArgument,
+    trial: Annotated[
+        int | None, typer.Option("--trial", help="Explain one trial: sparsity, widths, ranking.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
     """The front as a table, with the uniform and rate-distortion baselines beside it."""
     from search.show import read_front
 
+    if trial is not None:
+        return _explain(run, trial, as_json=as_json)
     _print(read_front(run), as_json=as_json)
     return 0
 
@@ -71,6 +79,18 @@ def recover(
         print(json.dumps(recovery_to_dict(evaluation, steps), indent=1))
     else:
         print_recovery(evaluation, steps, stdout_console())
+    return 0
+
+
+def _explain(run: Path, trial: int, *, as_json: bool) -> int:
+    from search.explain import explain, print_story
+    from search.tables import stdout_console
+
+    story = explain(run, trial)
+    if as_json:
+        print(json.dumps(story.to_json(), indent=1))
+    else:
+        print_story(story, stdout_console())
     return 0
 
 

@@ -6,7 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from search.config import CORRECTIONS, PREPARATIONS, PROBE_SAMPLES, SEARCH_SAMPLES, RunConfig
+from search.config import (
+    CORRECTIONS,
+    GRANULARITIES,
+    PREPARATIONS,
+    PROBE_SAMPLES,
+    SEARCH_SAMPLES,
+    RunConfig,
+)
 
 TaskOption = Annotated[
     str, typer.Option("--task", "-t", help="Built-in name, file.py:function or module:function.")
@@ -30,7 +37,12 @@ PinOption = Annotated[
     typer.Option("--pin", help="LAYER=BITS or edge:NAME=BITS; names may hold * and ?. Repeatable."),
 ]
 GranularityOption = Annotated[
-    str, typer.Option("--granularity", help="One width per layer, group or channel.")
+    str,
+    typer.Option(
+        "--granularity",
+        help="One width per layer, group or channel; auto: layer, or channel where a strategy is "
+        "for channels alone.",
+    ),
 ]
 TargetOption = Annotated[
     str, typer.Option("--target", help="Deployment target; see `search targets`.")
@@ -111,7 +123,7 @@ def run(
     bits: BitsOption = "",
     activation_bits: ActivationOption = "",
     pin: PinOption = None,
-    granularity: GranularityOption = "layer",
+    granularity: GranularityOption = "auto",
     target: TargetOption = "packed",
     scheme: SchemeOption = "auto",
     range_setter: RangeOption = "weighted_mse",
@@ -175,7 +187,7 @@ def run(
         settings=_pairs(settings or [], "--set"),
         seed=seed,
         activation_bits=_activation_bits(activation_bits),
-        granularity=_one_of(granularity, ("layer", "group", "channel"), "--granularity"),
+        granularity=_one_of(granularity, GRANULARITIES, "--granularity"),
         target=target,
         scheme=_one_of(scheme, ("auto", "mid_tread", "mid_rise", "affine"), "--scheme"),
         range_setter=_one_of(range_setter, tuple(RANGE_SETTERS), "--range-setter"),
@@ -204,7 +216,7 @@ def inspect(
     bits: BitsOption = "",
     activation_bits: ActivationOption = "",
     pin: PinOption = None,
-    granularity: GranularityOption = "layer",
+    granularity: GranularityOption = "auto",
     target: TargetOption = "packed",
     as_json: JsonOption = False,
 ) -> int:
@@ -220,7 +232,7 @@ def inspect(
         bits=_widths(bits),
         activation_bits=_activation_bits(activation_bits),
         pins=_pins(pin or []),
-        granularity=_one_of(granularity, ("layer", "group", "channel"), "--granularity"),
+        granularity=_one_of(granularity, GRANULARITIES, "--granularity"),
         target=target,
     )
     with ConsoleListener() as listener:

@@ -8,6 +8,7 @@ import numpy as np
 
 from cost_models.base import CostModel
 from quant_ops.candidate import Candidate
+from quant_ops.errors import UsageError
 from quant_ops.quantized import QuantizedModel
 from search.evaluation import Evaluation
 from search.space import SearchSpace
@@ -16,6 +17,7 @@ from search.strategy import ChannelFacts, ChannelLosses, Context, Remaining, Str
 
 OPENING = ("uniform", "rate-distortion")  # each runs to its end
 BY_CHANNEL = ("channel-allocation",)  # then these, where channels have widths of their own
+AGENT, AGENT_BATCHES, AGENT_SECONDS = "ajpq", 4, 300.0  # joins the rounds of long runs
 ROUNDS = (("local-search", 2), ("nsga2", 1))  # strategy, batches; repeated until time is used up
 
 
@@ -28,7 +30,7 @@ class Auto(Strategy):
 
     name = "auto"
     traits = Traits(
-        "uniform, rate-distortion, then local search and NSGA-II in turn",
+        "uniform, rate-distortion, then local search, NSGA-II and, in long runs, AJPQ in turn",
         granularity=("layer", "group", "channel"),
     )
 
@@ -50,16 +52,29 @@ class Auto(Strategy):
         for name in OPENING + BY_CHANNEL * by_channel:
             settings = {"points": self.settings.points} if name == "rate-distortion" else {}
             make_strategy(name, settings).run(Share(context, memory, context.seed, name))
+        rounds = _rounds(context)
         number = 0
         while not context.should_stop():
             before = len(memory.results)
-            for name, batches in ROUNDS:
+            for name, batches in rounds:
                 seed = int(np.random.SeedSequence([context.seed, number]).generate_state(1)[0])
                 share = Share(context, memory, seed, name, batches)
                 make_strategy(name).run(share)
                 number += 1
             if len(memory.results) == before:
                 return
+
+
+def _rounds(context: Context) -> tuple[tuple[str, int], ...]:
+    """An agent learns slowly: it has a share where minutes are left and something can be pruned."""
+    seconds = context.remaining().seconds
+    if seconds is None or seconds < AGENT_SECONDS:
+        return ROUNDS
+    try:
+        make_strategy(AGENT).check(context.space)
+    except UsageError:
+        return ROUNDS
+    return (*ROUNDS, (AGENT, AGENT_BATCHES))
 
 
 @dataclass
