@@ -119,7 +119,8 @@ class Campaign:
         self._goal_of = goal_of or self._plain_goal
         self._known = [e for e in context.history() if _usable(e)]
         self._seen = {e.candidate for e in context.history()}
-        self._baseline = Baseline(self._known)
+        self._uniform = frozenset(uniform_candidates(context.space))
+        self._baseline = Baseline(self._known, self._uniform)
         self._genomes: dict[Candidate, tuple[int, ...]] = {}
         self._rewards: list[float] = []
         self._best = -np.inf
@@ -151,21 +152,27 @@ class Campaign:
     def _prepare(self, name: str) -> None:
         """References to be compared with, then what is known as demonstrations."""
         context = self._context
-        if sum(e.strategy in REFERENCES for e in self._known) < 2:
-            fresh = [c for c in uniform_candidates(context.space) if c not in self._seen]
-            before = {e.candidate for e in context.history()}
-            evaluate_in_batches(context, fresh)
-            self._seen |= set(fresh)
-            self._known += [
-                e for e in context.history() if e.candidate not in before and _usable(e)
-            ]
-            self._baseline = Baseline(self._known)
+        known = sum(e.strategy in REFERENCES or e.candidate in self._uniform for e in self._known)
+        if known < 2:
+            self._evaluate_uniform()
         with seeded(context.seed, 0, name, "rehearse") as generator:
             for evaluation in self._known[-DEMONSTRATIONS:]:
                 self._remember_in_hindsight(evaluation)
             self._fit(generator)
             if self._known:
                 self._pilot.learn(REHEARSAL * self._settings.steps)
+
+    def _evaluate_uniform(self) -> None:
+        context, name = self._context, self._context.strategy
+        fresh = [c for c in uniform_candidates(context.space) if c not in self._seen]
+        context.strategy = "uniform"
+        try:
+            evaluate_in_batches(context, fresh)
+        finally:
+            context.strategy = name
+        self._seen |= set(fresh)
+        self._known += [e for e in context.history() if e.candidate in set(fresh) and _usable(e)]
+        self._baseline = Baseline(self._known, self._uniform)
 
     def _law(self) -> Law:
         measured = any(e.strategy == "rate-distortion" for e in self._known)

@@ -1,10 +1,11 @@
 """What an episode is worth: how much better than rate-distortion at the bytes it may take."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from quant_ops.candidate import Candidate
 from search.evaluation import Evaluation
 
 REFERENCES = ("rate-distortion", "uniform")
@@ -17,12 +18,18 @@ class Baseline:
 
     The best of rate-distortion and uniform widths at or under every size, straight lines between
     points, level beyond the ends. Without two points the curve is the median of the record.
+
+    Args:
+        evaluations: of the record.
+        uniform: candidates of one width each, whoever proposed them.
     """
 
-    def __init__(self, evaluations: Sequence[Evaluation]) -> None:
+    def __init__(
+        self, evaluations: Sequence[Evaluation], uniform: Collection[Candidate] = ()
+    ) -> None:
         plain = [e for e in evaluations if math.isfinite(e.loss) and not e.pruned and not e.recipe]
         front: list[Evaluation] = []
-        known = [e for e in plain if e.strategy in REFERENCES]
+        known = [e for e in plain if e.strategy in REFERENCES or e.candidate in uniform]
         for evaluation in sorted(known, key=lambda e: (e.size_bytes, e.loss)):
             if not front or evaluation.loss < front[-1].loss:
                 front.append(evaluation)
