@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 
 from agents.controllers import Rows
-from agents.episode import CHANNEL_FIELDS, Episode
+from agents.episode import CHANNEL_FIELDS, Episode, mean_width
 from agents.layer_env import Judge
 from agents.problem import Problem
 from agents.retrace import GOAL_WEIGHT
@@ -57,7 +57,7 @@ class ChannelEnv(gymnasium.Env[Rows, Rows]):
         goal, at = episode.goal, episode.at
         reward = 0.0
         if episode.place(episode.width_of(float(action[0]))):
-            achieved = episode.mean_width(genes, episode.genome[layer.start + genes])
+            achieved = mean_width(layer, genes, episode.genome[layer.start + genes])
             reward = -GOAL_WEIGHT * abs(achieved - goal)
             self._begin(at)
         if not episode.done:

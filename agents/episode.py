@@ -227,18 +227,11 @@ class Episode:
     def followed_width(self, positions: Ints) -> float:
         """Mean width that a layer's positions give to the survivors of the next rank group."""
         part = self._parts[self._part]
-        return self.mean_width(part, positions[part])
+        return mean_width(self.layer, part, positions[part])
 
     def record_widths(self, positions: Ints) -> None:
         """Give the next rank group its final positions, while a decision is retraced."""
-        self._put(positions, self.mean_width(self._parts[self._part], positions))
-
-    def mean_width(self, part: Ints, positions: Ints) -> float:
-        """Mean width by weights of some genes of the layer at `positions`; survivors alone."""
-        layer = self.layer
-        weights = layer.weights[part] * ~layer.is_zero[positions]
-        total = float(weights.sum())
-        return float(layer.widths[positions] @ weights) / total if total else 0.0
+        self._put(positions, mean_width(self.layer, self._parts[self._part], positions))
 
     def _put(self, positions: Ints | int, width: float) -> None:
         part, weights = self._parts[self._part], self._part_weights[self._part]
@@ -273,14 +266,17 @@ class Episode:
         self._last = share_and_width(layer, positions)
 
 
+def mean_width(layer: LayerFacts, genes: Ints, positions: Ints) -> float:
+    """Mean width by weights of the survivors among some genes of a layer; 0 without any."""
+    weights = layer.weights[genes] * ~layer.is_zero[positions]
+    total = float(weights.sum())
+    return float(layer.widths[positions] @ weights) / total if total else 0.0
+
+
 def share_and_width(layer: LayerFacts, positions: Ints) -> tuple[float, float]:
     """(share of genes at 0 bits, mean width of the rest by weights) of one layer's positions."""
-    gone = layer.is_zero[positions]
-    n_gone = int(gone.sum())
-    if n_gone == len(gone):
-        return 1.0, 0.0
-    weights = layer.weights * ~gone
-    return n_gone / len(gone), float(layer.widths[positions] @ weights / weights.sum())
+    n_gone = int(layer.is_zero[positions].sum())
+    return n_gone / layer.n_genes, mean_width(layer, np.arange(layer.n_genes), positions)
 
 
 def _row(layer: LayerFacts, values: tuple[float, ...]) -> Row:

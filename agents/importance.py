@@ -36,7 +36,7 @@ def norm_scale(facts: ChannelFacts) -> Array:
 
 
 def taylor(facts: ChannelFacts) -> Array:
-    """Squared first-order effect of removing the channel, per sample [Molchanov2019]."""
+    """Mean square of the first-order effect of removing the channel [Molchanov2019]."""
     return facts.taylor
 
 

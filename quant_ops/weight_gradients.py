@@ -1,7 +1,6 @@
-"""What the outputs say of every channel's weights: first-order Taylor and trace of the Hessian."""
+"""The Hessian's trace over every channel's weights, from squared gradients."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,36 +13,23 @@ from quant_ops.graph import Graph, Params
 from quant_ops.layout import to_canonical
 from quant_ops.sensitivity import OutputGradient
 
-DRAWS = 4  # backward passes per batch
+DRAWS = 8  # backward passes per batch
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ChannelGradients:
-    """Per output channel, each (out_channels,).
-
-    Attributes:
-        taylor: mean over samples of (sum of w dL/dw)^2 over the channel's weights.
-        trace: mean over samples of the sum of (dL/dw)^2: Fisher's form of the Hessian's trace.
-    """
-
-    taylor: NDArray[np.float64]
-    trace: NDArray[np.float64]
-
-
-def channel_gradients(
+def hessian_traces(
     graph: Graph,
     params: Params,
     batches: Iterable[tuple[Sequence[Tensor], Any]],
     output_gradient: OutputGradient,
     *,
     seed: int = 0,
-) -> dict[str, ChannelGradients]:
-    """Squared gradients of the divergence from the network's own outputs; labels are not needed.
+) -> dict[str, NDArray[np.float64]]:
+    """Layer name to (out_channels,): mean over samples of the sum of (dL/dw)^2.
 
-    At the float network the gradient itself is 0; its squares under outputs drawn from the
-    network's own answer are not, and they are the curvature [Molchanov2019]. Every sample's
-    gradient gets a random sign, so that the square of a batch's sum is, in the mean over draws,
-    the sum of the samples' squares.
+    L is the divergence from the network's own outputs. Its gradient is 0 at the float network;
+    the squares of gradients under outputs drawn from the network's own answer are its curvature
+    in Gauss-Newton form. Every sample's gradient gets a random sign, so that the square of a
+    batch's sum is, in the mean over draws, the sum of the samples' squares.
 
     Args:
         graph: the network.
@@ -52,11 +38,10 @@ def channel_gradients(
         output_gradient: `sampled_label_gradient` for logits, `gaussian_gradient` elsewhere.
         seed: of the draws.
     """
-    layers = [layer for layer in graph.searchable_layers if params[layer.weight].dim() > 1]
+    layers = graph.searchable_layers
     learned = {x.weight: params[x.weight].detach().clone().requires_grad_() for x in layers}
     executor, generator = Executor(graph), torch.Generator().manual_seed(seed)
-    taylor = {x.name: np.zeros(x.out_channels) for x in layers}
-    trace = {x.name: np.zeros(x.out_channels) for x in layers}
+    traces = {x.name: np.zeros(x.out_channels) for x in layers}
     count = 0
     for inputs, _ in batches:
         outputs = executor.run_with_grad({**params, **learned}, inputs, {})
@@ -73,12 +58,9 @@ def channel_gradients(
             for layer, gradient in zip(layers, gradients, strict=True):
                 if gradient is not None:
                     rows = to_canonical(layer, gradient).flatten(1).double()
-                    weights = to_canonical(layer, params[layer.weight]).flatten(1).double()
-                    taylor[layer.name] += (rows * weights).sum(1).square().numpy()
-                    trace[layer.name] += rows.square().sum(1).numpy()
+                    traces[layer.name] += rows.square().sum(1).numpy()
         count += len(outputs[0])
-    scale = 1 / max(1, count * DRAWS)
-    return {x.name: ChannelGradients(taylor[x.name] * scale, trace[x.name] * scale) for x in layers}
+    return {name: trace / max(1, count * DRAWS) for name, trace in traces.items()}
 
 
 def _with_signs(gradient: Tensor, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ from quant_ops.layout import to_canonical
 from quant_ops.perturbation import predicted_losses
 from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel
 from quant_ops.sensitivity import gaussian_gradient, sampled_label_gradient
-from quant_ops.weight_gradients import channel_gradients
+from quant_ops.weight_gradients import hessian_traces
 from search.capture import Traced
 from search.data import Split
 from search.evaluation import Evaluation
@@ -170,23 +170,27 @@ class Evaluator:
         return {n: (losses[n], rows[n].double().std(dim=1).numpy()) for n in widths}
 
     def channel_facts(self, split: str = "probe") -> dict[str, ChannelFacts]:
-        """Per searchable layer its channels' weights, norms and squared gradients."""
+        """Per searchable layer its channels' weights, norms, removal losses and curvature."""
         outputs, graph = self.judge(split).float_outputs, self.traced.graph
         logits = bool(outputs) and are_logits(outputs[0])
-        gradients = channel_gradients(
-            graph,
-            self.bank.float_params,
-            self._small_batches(split).batches,
-            sampled_label_gradient if logits else gaussian_gradient,
+        gradient = sampled_label_gradient if logits else gaussian_gradient
+        traces = hessian_traces(
+            graph, self.bank.float_params, self._small_batches(split).batches, gradient
         )
+        widths = {x.name: (0.0,) for x in graph.searchable_layers if x.kind != "embedding"}
+        removed = self.channel_losses(widths, split)
         facts = {}
         for layer in graph.searchable_layers:
             rows = to_canonical(layer, self._weight(layer.name)).flatten(1).double().numpy()
             _, gamma = self.traced.norms.get(layer.name, (None, torch.ones(layer.out_channels)))
-            found = gradients[layer.name]
-            facts[layer.name] = ChannelFacts(
-                rows, gamma.double().numpy(), found.taylor, found.trace
+            trace = traces[layer.name]
+            # what the rows of an embedding do at the outputs is known on the diagonal alone
+            loss = (
+                removed[layer.name][0][:, 0]
+                if layer.name in removed
+                else (0.5 * trace * (rows**2).mean(axis=1))
             )
+            facts[layer.name] = ChannelFacts(rows, gamma.double().numpy(), loss, trace)
         return facts
 
     def _weight(self, layer: str) -> Tensor:

@@ -26,7 +26,8 @@ class ChannelFacts:
     Attributes:
         weights: (out_channels, weights of one channel) of the float network, norms folded in.
         gamma: (out_channels,) scale of the batch norm that was folded in; ones where none was.
-        taylor: (out_channels,) mean squared sum of weight x gradient over samples.
+        taylor: (out_channels,) predicted loss without the channel: half the mean square of the
+            first-order term, sum of value x gradient.
         trace: (out_channels,) mean squared gradient, summed over the channel's weights.
     """
 
