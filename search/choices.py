@@ -10,6 +10,7 @@ from quant_ops.errors import UsageError
 from quant_ops.graph import Graph, Layer
 from search.config import RunConfig
 from search.space import EdgeChoice, LayerChoice, SearchSpace
+from search.strategies.table import strategy_class
 from search.targets import TargetCapabilities, find_target
 
 CHANNEL_GROUPS = 4
@@ -45,7 +46,11 @@ def build_space(graph: Graph, config: RunConfig) -> SearchSpace:
 
 
 def _granularity(config: RunConfig, target: TargetCapabilities) -> str:
+    """As asked; "auto" is per layer, unless a strategy of the run is for channels alone."""
     finest = target.granularity
+    if config.granularity == "auto":
+        by_layer = all("layer" in strategy_class(s).traits.granularity for s in config.strategies)
+        return "layer" if by_layer else finest
     if _COARSENESS.index(config.granularity) < _COARSENESS.index(finest):
         raise UsageError(
             f"target {target.name!r} has one width per {finest}, --granularity "

@@ -16,6 +16,7 @@ FORMAT = "bitfront-config"
 VERSION = 1
 DEFAULT_TRIALS = 160
 CORRECTIONS = ("none", "mean", "mean-spread", "analytic")
+GRANULARITIES = ("auto", "layer", "group", "channel")
 PREPARATIONS = ("equalize", "absorb")  # in the order in which they are done
 # Kullback-Leibler losses of a thousand images rank candidates as well as all of them do; the
 # finished front is measured on the whole validation split.
@@ -39,7 +40,7 @@ class RunConfig:
     bits: tuple[float, ...] = ()
     pins: Mapping[str, float] = field(default_factory=dict)
     activation_bits: tuple[int, ...] = ()
-    granularity: str = "layer"
+    granularity: str = "auto"
     dual: tuple[str, ...] = ()
     target: str = "packed"
     scheme: str = "auto"

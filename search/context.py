@@ -23,7 +23,7 @@ from search.journal import writing
 from search.record import Record
 from search.runners.base import Job, Runner
 from search.space import SearchSpace
-from search.strategy import ChannelLosses, SearchOver
+from search.strategy import ChannelFacts, ChannelLosses, Remaining, SearchOver
 
 EDGE_PREFIX = "edge:"
 PROBES = "probes.jsonl"
@@ -81,6 +81,9 @@ class Listener:
     def on_probe(self, done: int, total: int) -> None:
         """A single-layer measurement was finished."""
 
+    def on_report(self, text: str) -> None:
+        """A strategy says a few words on its state."""
+
     def on_evaluation(self, evaluation: Evaluation, known: bool) -> None:
         """A candidate was evaluated, or answered from the record."""
 
@@ -119,6 +122,7 @@ class RunContext:
         self.strategy = ""
         self._distortion = distortion
         self._channel_losses: ChannelLosses | None = None
+        self._channel_facts: dict[str, ChannelFacts] | None = None
         self._limits = Limits(None, None)
         self._runner = runner
         self._record = record
@@ -190,6 +194,12 @@ class RunContext:
             self._channel_losses = self._evaluator.channel_losses(widths)
         return self._channel_losses
 
+    def channel_facts(self) -> Mapping[str, ChannelFacts]:
+        """See `Context.channel_facts`."""
+        if self._channel_facts is None:
+            self._channel_facts = self._evaluator.channel_facts()
+        return self._channel_facts
+
     def submit(
         self, candidate: Candidate, model: QuantizedModel, *, recipe: str, parent: int | None = None
     ) -> Evaluation:
@@ -253,6 +263,18 @@ class RunContext:
         """See `Context.should_stop`."""
         trials = self._limits.trials
         return (trials is not None and self._n_used >= trials) or self._out_of_time()
+
+    def remaining(self) -> Remaining:
+        """See `Context.remaining`."""
+        trials, deadline = self._limits.trials, self._limits.deadline
+        return Remaining(
+            None if trials is None else max(0, trials - self._n_used),
+            None if deadline is None else max(0.0, deadline - time.monotonic()),
+        )
+
+    def report(self, text: str) -> None:
+        """See `Context.report`."""
+        self.listener.on_report(text)
 
     def folder(self, name: str) -> Path:
         """See `Context.folder`."""

@@ -26,6 +26,7 @@ from search.report import float_test_of, known_test_metrics
 from search.runners.base import Runner
 from search.runners.in_process import InProcess
 from search.show import read_front, write_unfinished
+from search.space import SearchSpace
 from search.strategies.table import NO_STRATEGIES, make_strategy, parse_settings
 from search.strategy import SearchOver
 from search.task import Task
@@ -73,7 +74,7 @@ def run_search(
     asked = Budgets.parse(config.budgets)
     budgets = asked.limits
     require_reachable(prepared, budgets)
-    _require_strategies(config)
+    _require_strategies(config, prepared.space)
     if config.finetunes:
         require_training(task, config)
     listener.on_phase("measuring the float model")
@@ -256,12 +257,14 @@ def _open_record(prepared: Prepared, folder: Path, resume: bool) -> Record:
     return Record.create(folder, name=name, metadata=prepared.digests, storage=storage)
 
 
-def _require_strategies(config: RunConfig) -> None:
-    """Refuse unknown strategies and settings before anything is written or measured."""
+def _require_strategies(config: RunConfig, space: SearchSpace) -> None:
+    """Refuse strategies and settings that do not fit, before anything is written or measured."""
     settings = _settings_of(config)
     recovery_settings(config)
     for name in {*config.strategies, *settings} - set(NO_STRATEGIES):
         strategy = make_strategy(name, settings.get(name))
+        if name in config.strategies:
+            strategy.check(space)
         if getattr(strategy.settings, "pairs", False) and config.distortion != "exact":
             raise UsageError(
                 f"{name}.pairs=true needs --distortion exact, got {config.distortion}: gradients "

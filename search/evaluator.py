@@ -22,6 +22,7 @@ from quant_ops.layout import to_canonical
 from quant_ops.perturbation import predicted_losses
 from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel
 from quant_ops.sensitivity import gaussian_gradient, sampled_label_gradient
+from quant_ops.weight_gradients import hessian_traces
 from search.capture import Traced
 from search.data import Split
 from search.early_stop import Incumbent
@@ -29,7 +30,7 @@ from search.evaluation import ESTIMATE, SAMPLES, SAMPLES_LEFT, Evaluation
 from search.judge import Judge, Measurement, Tally, are_logits
 from search.prefix import Network, PrefixRunner
 from search.quality import QualityLoss
-from search.strategy import ChannelLosses
+from search.strategy import ChannelFacts, ChannelLosses
 from search.task import Metric
 
 PREDICTION_BATCH = 32  # gradients of every class are held for one batch
@@ -169,6 +170,30 @@ class Evaluator:
         )
         rows = {n: to_canonical(graph.layer_of[n], self._weight(n)).flatten(1) for n in widths}
         return {n: (losses[n], rows[n].double().std(dim=1).numpy()) for n in widths}
+
+    def channel_facts(self, split: str = "probe") -> dict[str, ChannelFacts]:
+        """Per searchable layer its channels' weights, norms, removal losses and curvature."""
+        outputs, graph = self.judge(split).float_outputs, self.traced.graph
+        logits = bool(outputs) and are_logits(outputs[0])
+        gradient = sampled_label_gradient if logits else gaussian_gradient
+        traces = hessian_traces(
+            graph, self.bank.float_params, self._small_batches(split).batches, gradient
+        )
+        widths = {x.name: (0.0,) for x in graph.searchable_layers if x.kind != "embedding"}
+        removed = self.channel_losses(widths, split)
+        facts = {}
+        for layer in graph.searchable_layers:
+            rows = to_canonical(layer, self._weight(layer.name)).flatten(1).double().numpy()
+            _, gamma = self.traced.norms.get(layer.name, (None, torch.ones(layer.out_channels)))
+            trace = traces[layer.name]
+            # what the rows of an embedding do at the outputs is known on the diagonal alone
+            loss = (
+                removed[layer.name][0][:, 0]
+                if layer.name in removed
+                else (0.5 * trace * (rows**2).mean(axis=1))
+            )
+            facts[layer.name] = ChannelFacts(rows, gamma.double().numpy(), loss, trace)
+        return facts
 
     def _weight(self, layer: str) -> Tensor:
         return self.bank.float_params[self.traced.graph.layer_of[layer].weight]

@@ -35,6 +35,7 @@ class ConsoleListener(Listener):
         self._n_new = self._n_all = self._n_stopped = 0
         self._best: Evaluation | None = None
         self._budget = float("inf")
+        self._report = ""
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -50,6 +51,7 @@ class ConsoleListener(Listener):
 
     def on_phase(self, text: str) -> None:
         """A new part of the work begins."""
+        self._report = ""
         if self._bar is not None:
             self._progress.remove_task(self._bar)
         self._bar = self._progress.add_task(text, total=None, status="")
@@ -68,6 +70,10 @@ class ConsoleListener(Listener):
     def on_probe(self, done: int, total: int) -> None:
         """A single-layer measurement was finished."""
         self.on_step(done, total, f"sensitivity {done}/{total}")
+
+    def on_report(self, text: str) -> None:
+        """A strategy says a few words on its state: shown until it says others."""
+        self._report = text
 
     def on_evaluation(self, evaluation: Evaluation, known: bool) -> None:
         """A candidate was evaluated, or answered from the record."""
@@ -89,6 +95,8 @@ class ConsoleListener(Listener):
         left = self._seconds_left(elapsed, rate)
         if left is not None:
             status += f"  {format_duration(left)} left"
+        if self._report:
+            status = f"{self._report}  {status}"
         if self._bar is not None:
             self._progress.update(
                 self._bar, completed=self._n_all, total=self._trials, status=status

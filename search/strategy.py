@@ -19,6 +19,32 @@ from search.space import SearchSpace
 ChannelLosses: TypeAlias = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelFacts:
+    """What a layer's output channels are ranked by.
+
+    Attributes:
+        weights: (out_channels, weights of one channel) of the float network, norms folded in.
+        gamma: (out_channels,) scale of the batch norm that was folded in; ones where none was.
+        taylor: (out_channels,) predicted loss without the channel: half the mean square of the
+            first-order term, sum of value x gradient.
+        trace: (out_channels,) mean squared gradient, summed over the channel's weights.
+    """
+
+    weights: NDArray[np.float64]
+    gamma: NDArray[np.float64]
+    taylor: NDArray[np.float64]
+    trace: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Remaining:
+    """What is left of a strategy's share; None is no limit."""
+
+    trials: int | None = None
+    seconds: float | None = None
+
+
 class Context(Protocol):
     """What the engine offers a strategy.
 
@@ -61,6 +87,9 @@ class Context(Protocol):
         the spread is the standard deviation of a channel's weights, (out_channels,).
         """
 
+    def channel_facts(self) -> Mapping[str, ChannelFacts]:
+        """Per searchable layer what its channels can be ranked by; measured on the probe subset."""
+
     def size_of(self, candidate: Candidate) -> int:
         """Exact length of the packed file."""
 
@@ -77,6 +106,12 @@ class Context(Protocol):
 
     def should_stop(self) -> bool:
         """Whether the trials or the time of this strategy are used up."""
+
+    def remaining(self) -> Remaining:
+        """Trials and seconds that are left of this strategy's share."""
+
+    def report(self, text: str) -> None:
+        """A few words on the state of the strategy, shown beside the progress."""
 
     def folder(self, name: str) -> Path:
         """A folder for checkpoints, made if need be."""
@@ -117,6 +152,15 @@ class Strategy(ABC):
 
     def __init__(self, settings: object | None = None) -> None:
         self.settings = self.Settings() if settings is None else settings
+
+    def check(self, space: SearchSpace) -> None:  # noqa: B027, most strategies take any space
+        """Refuse a space, or settings, with which the strategy has nothing to do.
+
+        Asked before anything is measured.
+
+        Raises:
+            UsageError: says what is missing and what to do.
+        """
 
     @abstractmethod
     def run(self, context: Context) -> None:

@@ -1,9 +1,12 @@
 """Shared test code: a task whose answer is a formula, and what every strategy has to do on it."""
 
+import shutil
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +19,7 @@ from search.evaluation import Evaluation, within
 from search.space import EdgeChoice, LayerChoice, SearchSpace
 from search.strategies.table import make_strategy, strategy_class
 from search.strategies.uniform import uniform_candidates
-from search.strategy import ChannelLosses, SearchOver, Strategy
+from search.strategy import ChannelFacts, ChannelLosses, Remaining, SearchOver, Strategy
 
 HEADER_BYTES = 100
 WIDTHS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -98,7 +101,7 @@ def _layer(name: str, site: int, per_channel: int) -> Layer:
     return Layer(name, "linear", f"{name}.weight", None, (site,), shape, 8, 1, macs=8 * per_channel)
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeContext:
     """An engine in memory that evaluates formulas.
 
@@ -123,6 +126,9 @@ class FakeContext:
     batches: list[list[Candidate]] = field(default_factory=list)
     answered: dict[Candidate, Evaluation] = field(default_factory=dict)
     n_probes: int = 0
+    reports: list[str] = field(default_factory=list)
+    path: Path | None = None
+    seconds: float | None = None
     space: SearchSpace = field(init=False)
 
     def __post_init__(self) -> None:
@@ -166,6 +172,16 @@ class FakeContext:
             out[choice.name] = (losses.astype(np.float64), shares)
         return out
 
+    def channel_facts(self) -> Mapping[str, ChannelFacts]:
+        """Ranked like the shares of `channel_losses`, by every criterion."""
+        facts = {}
+        for choice in self.space.layers:
+            layer = self.space.graph.layer_of[choice.name]
+            shares: NDArray[np.float64] = 2.0 ** np.arange(8, dtype=np.float64)
+            weights = np.outer(shares, np.linspace(-1, 1, layer.weights_per_channel))
+            facts[choice.name] = ChannelFacts(weights, shares, shares**2, shares)
+        return facts
+
     def size_of(self, candidate: Candidate) -> int:
         """The formula."""
         return self.task.size_bytes(candidate)
@@ -193,9 +209,21 @@ class FakeContext:
         """Whether the trials are used up."""
         return len(self.answered) >= self.trials
 
+    def remaining(self) -> Remaining:
+        """The trials that are left, and what was said of the time."""
+        return Remaining(self.trials - len(self.answered), self.seconds)
+
+    def report(self, text: str) -> None:
+        """Kept."""
+        self.reports.append(text)
+
     def folder(self, name: str) -> Path:
-        """There is none."""
-        raise NotImplementedError
+        """Inside a temporary folder that goes with the context."""
+        if self.path is None:
+            self.path = Path(mkdtemp())
+            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        (self.path / name).mkdir(exist_ok=True)
+        return self.path / name
 
 
 def run_to_end(strategy: Strategy, context: FakeContext) -> list[Evaluation]:
@@ -215,6 +243,11 @@ class StrategyContract:
 
     name: str
     settings: Mapping[str, object] = {}
+    needs: Mapping[str, object] = {}  # what the strategy needs of its tasks
+
+    def make_task(self, **options: object) -> AdditiveTask:
+        """A task; what a test asks for goes before what the strategy needs."""
+        return AdditiveTask.make(**{**self.needs, **options})  # type: ignore[arg-type]
 
     def make(self) -> Strategy:
         """A new strategy."""
@@ -230,13 +263,13 @@ class StrategyContract:
         assert strategy_class(self.name).name == self.name
 
     def test_stays_in_the_space(self) -> None:
-        task = AdditiveTask.make()
+        task = self.make_task()
         record = self.run(task)
         assert record
         assert all(task.space.contains(e.candidate) for e in record)
 
     def test_pins_and_removable_layers_are_honoured(self) -> None:
-        task = AdditiveTask.make(pins={0: 8.0, 7: 5.0}, removable=(2, 3))
+        task = self.make_task(pins={0: 8.0, 7: 5.0}, removable=(2, 3))
         record = self.run(task)
         assert record
         for evaluation in record:
@@ -245,7 +278,7 @@ class StrategyContract:
             assert (assignment["layer0"].uniform, assignment["layer7"].uniform) == (8.0, 5.0)
 
     def test_a_space_of_channel_groups_is_searched(self) -> None:
-        task = AdditiveTask.make(n_layers=4, n_groups=4)
+        task = self.make_task(n_layers=4, n_groups=4)
         record = self.run(task)
         assert record
         assert all(task.space.contains(e.candidate) for e in record)
@@ -255,21 +288,21 @@ class StrategyContract:
     def test_activation_widths_are_searched(self) -> None:
         if not strategy_class(self.name).traits.activations:
             return
-        task = AdditiveTask.make(n_layers=4, n_edges=4)
+        task = self.make_task(n_layers=4, n_edges=4)
         bops = task.bops(task.space.largest())
         record = self.run(task, budgets={"bops": bops / 4}, trials=30)
         assert all(task.space.contains(e.candidate) for e in record)
         assert len({e.candidate.activations for e in record}) > 1
 
     def test_trials_are_not_exceeded(self) -> None:
-        assert len(self.run(AdditiveTask.make(), trials=5)) == 5
+        assert len(self.run(self.make_task(), trials=5)) == 5
 
     def test_a_space_of_one_candidate_comes_to_an_end(self) -> None:
-        task = AdditiveTask.make(n_layers=2, widths=(4.0,))
+        task = self.make_task(n_layers=2, widths=(4.0,))
         assert len(self.run(task)) <= 1
 
     def test_no_candidate_is_wasted_on_a_repetition(self) -> None:
-        task = AdditiveTask.make()
+        task = self.make_task()
         context = FakeContext(task, {"size_bytes": mid_budget(task)})
         run_to_end(self.make(), context)
         proposed = sum(len(batch) for batch in context.batches)
@@ -278,21 +311,21 @@ class StrategyContract:
     def test_repeats_under_one_seed(self) -> None:
         if not strategy_class(self.name).traits.deterministic:
             return
-        first, second = (self.run(AdditiveTask.make(), seed=3) for _ in range(2))
+        first, second = (self.run(self.make_task(), seed=3) for _ in range(2))
         assert [e.candidate for e in first] == [e.candidate for e in second]
 
     def test_a_resumed_run_ends_like_an_uninterrupted_one(self) -> None:
         if not strategy_class(self.name).traits.deterministic:
             return
-        whole = self.run(AdditiveTask.make(), seed=1)
+        whole = self.run(self.make_task(), seed=1)
         for cut in {0, 1, 7, len(whole) // 2, len(whole)}:
-            resumed = self.run(AdditiveTask.make(), seed=1, record=whole[:cut])
+            resumed = self.run(self.make_task(), seed=1, record=whole[:cut])
             assert [e.candidate for e in resumed] == [e.candidate for e in whole]
 
     def test_what_is_over_the_budget_is_not_proposed(self) -> None:
         if not strategy_class(self.name).traits.budget_aware:
             return
-        task = AdditiveTask.make(removable=(2, 3))
+        task = self.make_task(removable=(2, 3))
         budgets = {"size_bytes": mid_budget(task), "bops": task.bops(task.space.uniform(5))}
         record = self.run(task, budgets=budgets)
         baselines = set(uniform_candidates(task.space))

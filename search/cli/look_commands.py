@@ -21,11 +21,19 @@ def register(app: typer.Typer) -> None:
         app.command(command.__name__)(command)
 
 
-def show(run: RunArgument, as_json: JsonOption = False) -> int:
+def show(
+    run: RunArgument,
+    trial: Annotated[
+        int | None, typer.Option("--trial", help="Explain one trial: sparsity, widths, ranking.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
     """The front as a table, with the uniform and rate-distortion baselines beside it."""
     from search.prediction import prediction_report
     from search.show import read_front
 
+    if trial is not None:
+        return _explain(run, trial, as_json=as_json)
     _print(read_front(run), as_json=as_json)
     if not as_json:
         _print_prediction(prediction_report(run))
@@ -133,6 +141,18 @@ def _print_prediction(prediction: "PredictionReport | None") -> None:
 
     for line in () if prediction is None else prediction.lines():
         stdout_console().print(line, style="dim", highlight=False, soft_wrap=True)
+
+
+def _explain(run: Path, trial: int, *, as_json: bool) -> int:
+    from search.explain import explain, print_story
+    from search.tables import stdout_console
+
+    story = explain(run, trial)
+    if as_json:
+        print(json.dumps(story.to_json(), indent=1))
+    else:
+        print_story(story, stdout_console())
+    return 0
 
 
 def _print(front: "ParetoFront", *, as_json: bool) -> None:

@@ -6,7 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from search.config import CORRECTIONS, PREPARATIONS, PROBE_SAMPLES, SEARCH_SAMPLES, RunConfig
+from search.config import (
+    CORRECTIONS,
+    GRANULARITIES,
+    PREPARATIONS,
+    PROBE_SAMPLES,
+    SEARCH_SAMPLES,
+    RunConfig,
+)
 
 TaskOption = Annotated[
     str, typer.Option("--task", "-t", help="Built-in name, file.py:function or module:function.")
@@ -30,7 +37,12 @@ PinOption = Annotated[
     typer.Option("--pin", help="LAYER=BITS or edge:NAME=BITS; names may hold * and ?. Repeatable."),
 ]
 GranularityOption = Annotated[
-    str, typer.Option("--granularity", help="One width per layer, group or channel.")
+    str,
+    typer.Option(
+        "--granularity",
+        help="One width per layer, group or channel; auto: layer, or channel where a strategy is "
+        "for channels alone.",
+    ),
 ]
 DualOption = Annotated[
     str,
@@ -133,7 +145,7 @@ def run(
     bits: BitsOption = "",
     activation_bits: ActivationOption = "",
     pin: PinOption = None,
-    granularity: GranularityOption = "layer",
+    granularity: GranularityOption = "auto",
     dual: DualOption = "",
     target: TargetOption = "packed",
     scheme: SchemeOption = "auto",
@@ -206,7 +218,7 @@ def run(
         settings=_pairs(settings or [], "--set"),
         seed=seed,
         activation_bits=_activation_bits(activation_bits),
-        granularity=_one_of(granularity, ("layer", "group", "channel"), "--granularity"),
+        granularity=_one_of(granularity, GRANULARITIES, "--granularity"),
         dual=tuple(name.strip() for name in dual.split(",") if name.strip()),
         target=target,
         scheme=_one_of(scheme, ("auto", "mid_tread", "mid_rise", "affine"), "--scheme"),
@@ -239,7 +251,7 @@ def inspect(
     bits: BitsOption = "",
     activation_bits: ActivationOption = "",
     pin: PinOption = None,
-    granularity: GranularityOption = "layer",
+    granularity: GranularityOption = "auto",
     dual: DualOption = "",
     target: TargetOption = "packed",
     as_json: JsonOption = False,
@@ -256,7 +268,7 @@ def inspect(
         bits=_widths(bits),
         activation_bits=_activation_bits(activation_bits),
         pins=_pins(pin or []),
-        granularity=_one_of(granularity, ("layer", "group", "channel"), "--granularity"),
+        granularity=_one_of(granularity, GRANULARITIES, "--granularity"),
         dual=tuple(name.strip() for name in dual.split(",") if name.strip()),
         target=target,
     )

@@ -8,14 +8,16 @@ import numpy as np
 
 from cost_models.base import CostModel
 from quant_ops.candidate import Candidate
+from quant_ops.errors import UsageError
 from quant_ops.quantized import QuantizedModel
 from search.evaluation import Evaluation
 from search.space import SearchSpace
 from search.strategies.table import make_strategy
-from search.strategy import ChannelLosses, Context, Strategy, Traits
+from search.strategy import ChannelFacts, ChannelLosses, Context, Remaining, Strategy, Traits
 
 OPENING = ("uniform", "rate-distortion")  # each runs to its end
 BY_CHANNEL = ("channel-allocation",)  # then these, where channels have widths of their own
+AGENT, AGENT_BATCHES, AGENT_SECONDS = "ajpq", 4, 300.0  # joins the rounds of long runs
 ROUNDS = (("local-search", 2), ("nsga2", 1))  # strategy, batches; repeated until time is used up
 
 
@@ -28,7 +30,7 @@ class Auto(Strategy):
 
     name = "auto"
     traits = Traits(
-        "uniform, rate-distortion, then local search and NSGA-II in turn",
+        "uniform, rate-distortion, then local search, NSGA-II and, in long runs, AJPQ in turn",
         granularity=("layer", "group", "channel"),
     )
 
@@ -52,16 +54,29 @@ class Auto(Strategy):
         for name in OPENING + BY_CHANNEL * by_channel:
             settings = asdict(self.settings) if name == "rate-distortion" else {}
             make_strategy(name, settings).run(Share(context, memory, context.seed, name))
+        rounds = _rounds(context)
         number = 0
         while not context.should_stop():
             before = len(memory.results)
-            for name, batches in ROUNDS:
+            for name, batches in rounds:
                 seed = int(np.random.SeedSequence([context.seed, number]).generate_state(1)[0])
                 share = Share(context, memory, seed, name, batches)
                 make_strategy(name).run(share)
                 number += 1
             if len(memory.results) == before:
                 return
+
+
+def _rounds(context: Context) -> tuple[tuple[str, int], ...]:
+    """An agent learns slowly: it has a share where minutes are left and something can be pruned."""
+    seconds = context.remaining().seconds
+    if seconds is None or seconds < AGENT_SECONDS:
+        return ROUNDS
+    try:
+        make_strategy(AGENT).check(context.space)
+    except UsageError:
+        return ROUNDS
+    return (*ROUNDS, (AGENT, AGENT_BATCHES))
 
 
 @dataclass
@@ -112,6 +127,9 @@ class Share:
     def channel_losses(self) -> ChannelLosses:
         return self._context.channel_losses()
 
+    def channel_facts(self) -> Mapping[str, ChannelFacts]:
+        return self._context.channel_facts()
+
     def size_of(self, candidate: Candidate) -> int:
         return self._context.size_of(candidate)
 
@@ -130,6 +148,12 @@ class Share:
 
     def should_stop(self) -> bool:
         return self._left == 0 or self._context.should_stop()
+
+    def remaining(self) -> Remaining:
+        return self._context.remaining()
+
+    def report(self, text: str) -> None:
+        self._context.report(text)
 
     def folder(self, name: str) -> Path:
         return self._context.folder(name)

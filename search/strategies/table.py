@@ -19,6 +19,10 @@ STRATEGIES = {
     "nsga3": "search.strategies.optuna_sampler:NSGA3",
     "tpe": "search.strategies.optuna_sampler:TPE",
     "random": "search.strategies.random_search:RandomSearch",
+    "ajpq": "agents.ajpq:AJPQ",
+    "haq": "agents.haq:HAQ",
+    "amc": "agents.amc:AMC",
+    "two-step": "agents.two_step:TwoStep",
 }
 RECOVERY = "recovery"
 NO_STRATEGIES = (RECOVERY, "finetune")  # but have settings too

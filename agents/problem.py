@@ -1,0 +1,255 @@
+"""What the agents decide on: the layers of a space with their ranking, and what they look like."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.importance import Importance, ties_of
+from agents.size_model import SizeModel
+from quant_ops.errors import UsageError
+from quant_ops.graph import Graph, Layer
+from search.space import LayerChoice, SearchSpace
+from search.strategy import Context
+
+Ints = NDArray[np.intp]
+Floats = NDArray[np.float64]
+
+STATIC_FIELDS = (
+    "position",  # number of the layer / number of layers - 1
+    "depthwise",  # 1 where every output channel has inputs of its own
+    "linear",  # 1 for linear layers and embeddings
+    "out_channels",  # log2 / 12
+    "weights_per_channel",  # log2 / 16
+    "weights_share",  # share of the weights of all layers
+    "macs_share",  # share of the multiply-accumulates of all layers
+    "tied",  # share of its channels that leave only with another layer's
+    "prunable",  # share of its genes that may go
+    "spread",  # standard deviation of the natural logarithm of its importances / 3
+    "low_half",  # share of its importance in the lower half of the ranking x 2
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFacts:
+    """One layer as the agents see it.
+
+    Attributes:
+        name: of the layer.
+        start: its first gene.
+        widths: legal widths, ascending.
+        order: its genes (counted within the layer), least important first.
+        scores: (genes,) importance relative to the layer's mean.
+        prunable: (genes,) whether a gene may get 0 bits and leave.
+        n_most: how many may go at once.
+        weights: (genes,) number of weights of each.
+        observation: (len(STATIC_FIELDS),) in [0, 1].
+    """
+
+    name: str
+    start: int
+    widths: Floats
+    order: Ints
+    scores: Floats
+    prunable: NDArray[np.bool_]
+    n_most: int
+    weights: Floats
+    observation: Floats
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return len(self.scores)
+
+    @property
+    def first_width(self) -> int:
+        """Position of the narrowest width that keeps a channel."""
+        return int(self.widths[0] == 0 and len(self.widths) > 1)
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether there is anything to decide."""
+        return len(self.widths) > 1
+
+    @cached_property
+    def n_weights(self) -> float:
+        """Number of weights."""
+        return float(self.weights.sum())
+
+    @cached_property
+    def is_zero(self) -> NDArray[np.bool_]:
+        """(widths,): whether a position means 0 bits."""
+        return np.asarray(self.widths == 0)
+
+    def nearest(self, width: float, at_least: int = 0) -> int:
+        """Position of the nearest width that keeps a channel, not before `at_least`."""
+        start = max(self.first_width, at_least)
+        return start + int(np.abs(self.widths[start:] - width).argmin())
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A space, its ranking, and the estimate of sizes. Layers without a choice are not in `steps`.
+
+    Attributes:
+        space: what may be chosen.
+        importance: the ranking that both controllers share.
+        layers: every layer of the space.
+        steps: numbers of the layers that have a choice, in execution order.
+        size: the estimate.
+        limits: smallest sensible and largest budget in bytes.
+        groups: rank groups that the channel controller acts on, per layer.
+    """
+
+    space: SearchSpace
+    importance: Importance
+    layers: tuple[LayerFacts, ...]
+    steps: tuple[int, ...]
+    size: SizeModel
+    limits: tuple[float, float]
+    groups: int
+
+    @classmethod
+    def of(cls, context: Context, criterion: str, groups: int) -> "Problem":
+        """From what the engine offers."""
+        space = context.space
+        importance = Importance.of(space, context.channel_facts(), criterion)
+        layers = _layers(space, importance)
+        largest = context.size_of(space.largest())
+        high = min(context.budgets.get("size_bytes", largest), largest)
+        narrow = context.size_of(space.uniform(1))
+        smallest = context.size_of(space.smallest())
+        low = max(smallest, min(0.6 * narrow, 0.5 * high))
+        steps = tuple(i for i, layer in enumerate(layers) if layer.has_choice)
+        return cls(
+            space, importance, layers, steps, SizeModel(space, largest),
+            (float(min(low, high)), float(high)), groups,
+        )  # fmt: skip
+
+    @cached_property
+    def widest(self) -> Ints:
+        """Every gene at its widest width."""
+        return np.array([len(w) - 1 for w in self.space.gene_widths], dtype=np.intp)
+
+    @cached_property
+    def n_weights(self) -> float:
+        """Weights of all layers."""
+        return sum(layer.n_weights for layer in self.layers)
+
+
+def prunable_genes(space: SearchSpace) -> list[NDArray[np.bool_]]:
+    """Per layer which genes may get 0 bits and really leave the network."""
+    held = {
+        (name, channel)
+        for tie in ties_of(space.graph)
+        if not tie.removable
+        for name, channel in tie.channels
+    }
+    out = []
+    for choice in space.layers:
+        n = space.graph.layer_of[choice.name].out_channels
+        may = 0 in choice.bit_widths and len(choice.bit_widths) > 1
+        if not choice.groups:
+            out.append(
+                np.array([may])
+            )  # a whole layer at 0 bits is legal only where it is bypassed
+            continue
+        stays = [any((choice.name, c) in held for c in group) for group in choice.groups]
+        out.append(np.array([may and n > 1 and not s for s in stays]))
+    return out
+
+
+def require_prunable(space: SearchSpace, strategy: str, instead: str) -> None:
+    """Refuse a space where no channel can be pruned.
+
+    Raises:
+        UsageError: names the reason and what else to run.
+    """
+    if any(genes.any() for genes in prunable_genes(space)):
+        return
+    free = [choice for choice in space.layers if len(choice.bit_widths) > 1]
+    if not free:
+        reason = "every layer is pinned to one width; drop a --pin"
+    elif not any(choice.groups for choice in free):
+        reason = "widths are per layer here, use --granularity channel or group"
+    elif not any(0 in choice.bit_widths for choice in free):
+        reason = (
+            "no layer may have 0 bits; put 0 into --bits and choose a target that removes channels"
+        )
+    else:
+        names = [choice.name for choice in free]
+        reason = (
+            f"the channels of {', '.join(names[:4])}{', ...' * (len(names) > 4)} are tied to the "
+            f"network's outputs or inputs, or to an operator that mixes them"
+        )
+    raise UsageError(
+        f"strategy {strategy!r} prunes channels, but this network has nothing to prune: {reason}; "
+        f"to choose widths alone use --strategy {instead}"
+    )
+
+
+def _layers(space: SearchSpace, importance: Importance) -> tuple[LayerFacts, ...]:
+    graph = space.graph
+    total = float(sum(graph.layer_of[c.name].n_weights for c in space.layers))
+    macs = float(sum(graph.layer_of[c.name].macs for c in space.layers)) or 1.0
+    tied = _tied_shares(graph)
+    may = prunable_genes(space)
+    out, start = [], 0
+    for number, choice in enumerate(space.layers):
+        layer = graph.layer_of[choice.name]
+        scores = importance.genes[choice.name]
+        fields = [
+            number / max(1, len(space.layers) - 1),
+            float(layer.groups == layer.out_channels > 1),
+            float(layer.kind in ("linear", "embedding")),
+            math.log2(layer.out_channels) / 12,
+            math.log2(layer.weights_per_channel) / 16,
+            layer.n_weights / total,
+            layer.macs / macs,
+            tied[choice.name],
+            float(may[number].mean()),
+            float(np.log(np.maximum(scores, 1e-6)).std()) / 3,
+            _low_half(scores),
+        ]
+        out.append(
+            LayerFacts(
+                choice.name,
+                start,
+                np.array(choice.bit_widths, float),
+                importance.order[choice.name],
+                scores,
+                may[number],
+                _most(choice, may[number]),
+                _weights(choice, layer),
+                np.clip(np.array(fields), 0.0, 1.0),
+            )
+        )
+        start += choice.n_genes
+    return tuple(out)
+
+
+def _weights(choice: LayerChoice, layer: Layer) -> Floats:
+    sizes = [len(g) for g in choice.groups] or [layer.out_channels]
+    return np.array(sizes, float) * layer.weights_per_channel
+
+
+def _most(choice: LayerChoice, prunable: NDArray[np.bool_]) -> int:
+    """A layer keeps one gene, unless an addition bypasses it."""
+    whole = bool(prunable.all()) and (not choice.groups or choice.may_vanish)
+    return int(prunable.sum()) if whole else min(int(prunable.sum()), len(prunable) - 1)
+
+
+def _low_half(scores: Floats) -> float:
+    ordered = np.sort(scores)
+    return float(2 * ordered[: len(ordered) // 2].sum() / max(ordered.sum(), 1e-12))
+
+
+def _tied_shares(graph: Graph) -> dict[str, float]:
+    counts = dict.fromkeys(graph.layer_of, 0)
+    for tie in ties_of(graph):
+        if len(tie.layers) > 1:
+            for name, _ in tie.channels:
+                counts[name] += 1
+    return {name: n / graph.layer_of[name].out_channels for name, n in counts.items()}
