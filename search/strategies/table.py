@@ -19,6 +19,13 @@ STRATEGIES = {
     "nsga3": "search.strategies.optuna_sampler:NSGA3",
     "tpe": "search.strategies.optuna_sampler:TPE",
     "random": "search.strategies.random_search:RandomSearch",
+    "diffq": "search.strategies.gradient_methods:DiffQStrategy",
+    "bayesian-bits": "search.strategies.gradient_methods:BayesianBitsStrategy",
+    "dqa": "search.strategies.gradient_methods:DQAStrategy",
+    "fracbits": "search.strategies.gradient_methods:FracBitsStrategy",
+    "self-compressing": "search.strategies.gradient_methods:SelfCompressingStrategy",
+    "csq": "search.strategies.gradient_methods:CSQStrategy",
+    "limpq": "search.strategies.limpq:LIMPQStrategy",
 }
 RECOVERY = "recovery"
 NO_STRATEGIES = (RECOVERY, "finetune")  # but have settings too
