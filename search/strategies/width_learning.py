@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from search.strategies.gradient import Point
 
 HARVEST = "harvest"  # recipes of points recorded on the way end so
+# in units of a width's parameter per step: the controller cannot hold what jumps faster
+FASTEST = 0.1
 GROUP = 8  # channels that share a learned width where --granularity is "layer"
 
 
@@ -72,8 +74,8 @@ class WidthLearning:
         harvests: bool = True,
     ) -> Trainer:
         """A trainer of the network whose weights go through the method's modules."""
-        travel = self.settings.travel / (settings.steps * settings.peak_rate)
-        settings = replace(settings, width_rate=travel)
+        per_step = min(self.settings.travel / settings.steps, FASTEST)
+        settings = replace(settings, width_rate=per_step / settings.peak_rate)
         widest = self.choice.widest()
         self.modules = self._modules(start)
         model = self.trainable.prepared.evaluator.bank.quantize(widest)
@@ -172,7 +174,7 @@ class WidthLearning:
             self.expected.refresh(candidate)
         if str(number) in self._harvested or self.context.should_stop():
             return
-        model = self.trainable.quantized(self.network.float_params(), candidate)
+        model = self.trainable.quantized(self._float_params(), candidate)
         evaluation = self.context.submit(
             candidate, model, recipe=f"{self.context.strategy} {HARVEST}"
         )
@@ -181,6 +183,18 @@ class WidthLearning:
             write_text(self._harvested_path, json.dumps(self._harvested) + "\n")
         if evaluation.metric is not None:
             self._best = f", last point {evaluation.metric:.4g}"
+
+    def _float_params(self) -> dict[str, Tensor]:
+        """Folded with the norms of the discrete widths; the training's own norms stay."""
+        norms = [n for layer in self.network.trained_layers().values() if (n := layer.norm)]
+        kept = [(norm.mean.clone(), norm.var.clone()) for norm in norms]
+        self.network.eval()
+        self.network.estimate_norms(self.trainable.norm_batches)
+        found = self.network.float_params()
+        for norm, statistics in zip(norms, kept, strict=True):
+            norm.restart(*statistics)
+        self.network.train()
+        return found
 
     def _on_progress(self, done: int, total: int, loss: float) -> None:
         size = f", expected {self._expected_bytes:,.0f} bytes" if self._expected_bytes else ""

@@ -233,6 +233,7 @@ class Trainer:
         network = self.network
         if self._settings.average > 0:
             self._averages.copy_to(network)
+        network.eval()  # a relaxation's gates would scale what norms are estimated on
         if bool(network.has_norms.any()):
             network.estimate_norms(self._norm_batches)
             network.fold_norms()
