@@ -42,7 +42,8 @@ def build_space(graph: Graph, config: RunConfig) -> SearchSpace:
         else _residual_choice(layer, main_of(graph)[layer.name], config, target, pins, granularity)
         for layer in graph.searchable_layers
     )
-    return SearchSpace(graph, layers, _edges(graph, config, target), config.scheme)
+    edges = _edges(graph, config, target)
+    return SearchSpace(graph, layers, edges, config.scheme, target.granularity)
 
 
 def _granularity(config: RunConfig, target: TargetCapabilities) -> str:

@@ -3,9 +3,10 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ from search.record import Record
 from search.runners.base import Job, Runner
 from search.space import SearchSpace
 from search.strategy import ChannelFacts, ChannelLosses, Remaining, SearchOver
+
+if TYPE_CHECKING:
+    from search.training.trainable import Trainable
 
 EDGE_PREFIX = "edge:"
 PROBES = "probes.jsonl"
@@ -112,7 +116,9 @@ class RunContext:
         distortion: str = "exact",
         early_stop: bool = False,
         listener: Listener | None = None,
+        trainable: "Callable[[RunContext], Trainable] | None" = None,
     ) -> None:
+        self._trainable = trainable
         self.space = space
         self.budgets = budgets
         self.sizes = sizes
@@ -255,6 +261,11 @@ class RunContext:
         names = {"size_bytes", *self.budgets}
         return {name: self.costs[name].cost(self.space.graph, candidate) for name in names}
 
+    def training(self) -> "Trainable":
+        """See `Context.training`."""
+        assert self._trainable is not None, "this context was made without a training task"
+        return self._trainable(self)
+
     def history(self) -> list[Evaluation]:
         """See `Context.history`."""
         return sorted(self._reached.values(), key=lambda e: e.trial)
@@ -281,6 +292,12 @@ class RunContext:
         path = self.run_folder / "checkpoints" / name
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Time left of the present strategy's share; None without a limit."""
+        deadline = self._limits.deadline
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     @property
     def n_used(self) -> int:

@@ -27,10 +27,16 @@ from search.runners.base import Runner
 from search.runners.in_process import InProcess
 from search.show import read_front, write_unfinished
 from search.space import SearchSpace
-from search.strategies.table import NO_STRATEGIES, make_strategy, parse_settings
+from search.strategies.table import (
+    NO_STRATEGIES,
+    make_strategy,
+    parse_settings,
+    strategy_class,
+)
 from search.strategy import SearchOver
 from search.task import Task
 from search.training.finetune import finetune_front, require_training
+from search.training.trainable import Trainable
 
 CHECKED = "checked"  # fact beside a trial: quality of the re-read file on all of validation
 RESOLVE_TRIALS = 24  # evaluations spent on a new question put to a finished run
@@ -75,7 +81,7 @@ def run_search(
     budgets = asked.limits
     require_reachable(prepared, budgets)
     _require_strategies(config, prepared.space)
-    if config.finetunes:
+    if config.finetunes or _training_strategies(config):
         require_training(task, config)
     listener.on_phase("measuring the float model")
     require_sound_float(prepared)
@@ -103,12 +109,13 @@ def run_search(
             folder=folder,
             evaluator=prepared.evaluator,
             listener=listener,
+            trainable=lambda context: Trainable.of(prepared, context, record),
         )
         coder = Coder(prepared, folder) if config.codec == CODED else None
         if answered is None or _asks_for_more(answered, config):
             _run_strategies(context, config, coder)
         elif _is_new_question(answered, config):
-            _answer_from_record(context, coder)
+            _answer_from_record(context, config, coder)
         _write_config(prepared, folder, answered=config)
         _improve(prepared, context, record, info, coder)
     except KeyboardInterrupt:
@@ -155,7 +162,12 @@ def finish(
 
     The front that is written holds what the re-read files do on the whole validation split.
     """
-    evaluations = [e for e in record.evaluations() if prepared.space.contains(e.candidate)]
+    space = prepared.space
+    evaluations = [
+        e
+        for e in record.evaluations()
+        if space.contains(e.candidate) or (e.is_trained and space.allows(e.candidate))
+    ]
     searched = ParetoFront.of(evaluations, info)
     limits = info.budgets.limits
     baselines = [e for e in searched.baselines if within(limits, e.costs)]
@@ -342,11 +354,20 @@ def _is_new_question(answered: RunConfig, now: RunConfig) -> bool:
     return before != (now.budgets, now.pins, now.bits)
 
 
-def _answer_from_record(context: RunContext, coder: Coder | None) -> None:
-    """Solve the integer program again on the measured table, under the new limits."""
-    for name in BASELINES:
+def _answer_from_record(context: RunContext, config: RunConfig, coder: Coder | None) -> None:
+    """Solve the integer program again on the measured table, under the new limits.
+
+    Strategies that train do so for sizes that are new.
+    """
+    training = _training_strategies(config)
+    settings = _settings_of(config)
+    for name in training or BASELINES:
         context.begin(name, Limits(RESOLVE_TRIALS, None))
         with contextlib.suppress(SearchOver):
-            make_strategy(name, {}).run(context)
+            make_strategy(name, settings.get(name) if training else {}).run(context)
     if coder is not None:
         spend(context, coder, Limits(RESOLVE_TRIALS, None))
+
+
+def _training_strategies(config: RunConfig) -> list[str]:
+    return [name for name in config.strategies if strategy_class(name).traits.needs_training]

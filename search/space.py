@@ -46,12 +46,14 @@ class SearchSpace:
 
     A genome is one position per gene: first the layers' (one per channel group where there are
     groups), then the edges', each an index into that gene's ascending widths.
+    `finest` is the finest unit that may have a width of its own, "channel" or "layer".
     """
 
     graph: Graph
     layers: tuple[LayerChoice, ...]
     activations: tuple[EdgeChoice, ...] = ()
     scheme: str = "auto"
+    finest: str = "channel"
 
     @cached_property
     def gene_widths(self) -> tuple[tuple[float, ...], ...]:
@@ -108,6 +110,25 @@ class SearchSpace:
         return nearest.activations == candidate.activations and all(
             legal.bit_widths == proposed.bit_widths
             for (_, legal), (_, proposed) in zip(nearest.layers, candidate.layers, strict=True)
+        )
+
+    def allows(self, candidate: Candidate) -> bool:
+        """Whether every channel has a width that is legal for its layer.
+
+        Wider than `contains`: a method that learns widths may give channels of one group widths
+        of their own where `finest` is "channel".
+        """
+        assignment = candidate.assignment
+        edges = {edge.name: edge.bit_widths for edge in self.activations}
+        if tuple(assignment) != tuple(c.name for c in self.layers):
+            return False
+        if set(edges) != set(candidate.activation_bits):
+            return False
+        return all(b in edges[name] for name, b in candidate.activations) and all(
+            set(assignment[c.name].bit_widths) <= set(c.bit_widths)
+            and (self.finest == "channel" or assignment[c.name].uniform is not None)
+            and (c.may_vanish or any(assignment[c.name].bit_widths))
+            for c in self.layers
         )
 
     def uniform(self, bit_width: float) -> Candidate:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 from zlib import crc32
 
 import numpy as np
@@ -15,6 +15,9 @@ from quant_ops.candidate import Candidate
 from quant_ops.quantized import QuantizedModel
 from search.evaluation import Evaluation
 from search.space import SearchSpace
+
+if TYPE_CHECKING:
+    from search.training.trainable import Trainable
 
 ChannelLosses: TypeAlias = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
@@ -100,6 +103,13 @@ class Context(Protocol):
         self, candidate: Candidate, model: QuantizedModel, *, recipe: str, parent: int | None = None
     ) -> Evaluation:
         """Record a candidate that brings trained or recovered weights of its own."""
+
+    def training(self) -> "Trainable":
+        """The task's training data and network, for strategies whose traits say `needs_training`.
+
+        Raises:
+            UsageError: the task has no training data.
+        """
 
     def history(self) -> list[Evaluation]:
         """Every finished evaluation of the run, all strategies, in order of trial."""

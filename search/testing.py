@@ -20,6 +20,7 @@ from search.space import EdgeChoice, LayerChoice, SearchSpace
 from search.strategies.table import make_strategy, strategy_class
 from search.strategies.uniform import uniform_candidates
 from search.strategy import ChannelFacts, ChannelLosses, Remaining, SearchOver, Strategy
+from search.training.trainable import Trainable
 
 HEADER_BYTES = 100
 WIDTHS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -200,6 +201,10 @@ class FakeContext:
         evaluation = self._evaluate(candidate)
         self.record.append(evaluation)
         return evaluation
+
+    def training(self) -> Trainable:
+        """A formula has nothing to train."""
+        raise NotImplementedError
 
     def history(self) -> list[Evaluation]:
         """What this run was answered so far, in order."""

@@ -14,6 +14,7 @@ from search.evaluation import Evaluation
 from search.space import SearchSpace
 from search.strategies.table import make_strategy
 from search.strategy import ChannelFacts, ChannelLosses, Context, Remaining, Strategy, Traits
+from search.training.trainable import Trainable
 
 OPENING = ("uniform", "rate-distortion")  # each runs to its end
 BY_CHANNEL = ("channel-allocation",)  # then these, where channels have widths of their own
@@ -142,6 +143,9 @@ class Share:
         self, candidate: Candidate, model: QuantizedModel, *, recipe: str, parent: int | None = None
     ) -> Evaluation:
         return self._context.submit(candidate, model, recipe=recipe, parent=parent)
+
+    def training(self) -> Trainable:
+        return self._context.training()
 
     def history(self) -> list[Evaluation]:
         return list(self._memory.results.values())

@@ -23,6 +23,13 @@ STRATEGIES = {
     "haq": "agents.haq:HAQ",
     "amc": "agents.amc:AMC",
     "two-step": "agents.two_step:TwoStep",
+    "diffq": "search.strategies.gradient_methods:DiffQStrategy",
+    "bayesian-bits": "search.strategies.gradient_methods:BayesianBitsStrategy",
+    "dqa": "search.strategies.gradient_methods:DQAStrategy",
+    "fracbits": "search.strategies.gradient_methods:FracBitsStrategy",
+    "self-compressing": "search.strategies.gradient_methods:SelfCompressingStrategy",
+    "csq": "search.strategies.gradient_methods:CSQStrategy",
+    "limpq": "search.strategies.limpq:LIMPQStrategy",
 }
 RECOVERY = "recovery"
 NO_STRATEGIES = (RECOVERY, "finetune")  # but have settings too

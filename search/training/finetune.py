@@ -8,7 +8,6 @@ from quant_ops.correction import reestimate_norms
 from quant_ops.distill import DistillationSettings, distill, kl_loss, squared_loss
 from quant_ops.errors import UsageError
 from quant_ops.packed import PackedModel
-from quant_ops.qat.network import QuantizedNetwork
 from quant_ops.quantized import QuantizedModel
 from search.config import RunConfig, read_config, store_settings
 from search.context import Listener, RunContext
@@ -28,9 +27,9 @@ from search.training.checkpoint import read_checkpoint
 from search.training.device import training_device
 from search.training.loader import EpochLoader
 from search.training.log import LOGS, TRAINED
-from search.training.objective import Objective
 from search.training.pace import steps_within
 from search.training.settings import SETTINGS_OF, TrainingSettings
+from search.training.trainable import Trainable
 from search.training.trainer import Hooks, Trainer
 
 RECIPE = "finetune"
@@ -54,8 +53,7 @@ class Finetuning:
         self._prepared, self._context, self._record = prepared, context, record
         self._config = prepared.config
         self._settings = training_settings(prepared.config)
-        self._device = training_device(prepared.config.device)
-        self._loader = EpochLoader(prepared.task, prepared.config.seed)
+        self._trainable = Trainable.of(prepared, context, record)
         self._norm_batches = prepared.spec.splits["calibration"].batches
 
     def finetune(self, points: Sequence[Evaluation], seconds: float | None) -> list[Evaluation]:
@@ -128,24 +126,10 @@ class Finetuning:
         checkpoint: Path | None = None,
         log: Path | None = None,
     ) -> Trainer:
-        traced = self._prepared.traced
-        network = QuantizedNetwork(
-            traced.graph,
-            traced.params,
-            start,
-            weight_rule=settings.weights,
-            activation_rule=settings.activations,
-            inside=settings.inside,
-        )
-        if settings.norms:
-            network.start_norms(traced.norms, self._norm_batches)
         listener = self._context.listener
-        return Trainer(
-            network.to(self._device),
-            self._loader,
-            Objective(self._prepared.task, traced, settings, self._device),
+        return self._trainable.trainer(
+            self._trainable.network(start, settings),
             settings,
-            norm_batches=self._norm_batches,
             checkpoint=checkpoint,
             log=log,
             hooks=Hooks(on_progress=lambda d, n, loss: listener.on_step(d, n, f"loss {loss:.4g}")),

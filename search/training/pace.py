@@ -9,8 +9,8 @@ from statistics import median
 from search.training.settings import TrainingSettings
 from search.training.trainer import Trainer
 
-_TIMED = 4
-_SPARE = 0.9  # of the time: measuring, packing and a machine that grows busier take the rest
+TIMED_STEPS = 4
+SPARE = 0.9  # of the time: measuring, packing and a machine that grows busier take the rest
 
 
 def steps_within(
@@ -32,15 +32,16 @@ def steps_within(
         parts = {1.0: 1.0}
     for folded, weight in parts.items():
         if weight:
-            tried = replace(settings, steps=_TIMED, folded_share=folded)
-            per_step += weight * _seconds_per_step(make, tried)
-    left = seconds * _SPARE - (time.monotonic() - started)
+            tried = replace(settings, steps=TIMED_STEPS, folded_share=folded)
+            per_step += weight * seconds_per_step(make, tried)
+    left = seconds * SPARE - (time.monotonic() - started)
     return max(1, int(left / per_step))
 
 
-def _seconds_per_step(
+def seconds_per_step(
     make: Callable[[TrainingSettings], Trainer], settings: TrainingSettings
 ) -> float:
+    """Median over a few steps of a trainer made for it."""
     times: list[float] = []
     trainer = make(settings)
     trainer.hooks = replace(trainer.hooks, on_progress=lambda *_: times.append(time.perf_counter()))

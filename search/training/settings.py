@@ -24,6 +24,7 @@ class TrainingSettings:
         rate: peak learning rate, falling to 0 as half a cosine; None is 1e-3 (adamw) or 2e-2 (sgd)
             from 10,000 steps on, with fewer times the square root of their share.
         step_rate: of quantizer steps and gammas, in units of `rate`.
+        width_rate: of what decides on learned widths, in units of `rate`.
         weight_decay: of latent weights and, under a pact rule, of clips.
         warm_up: share of the steps in which the rate rises.
         clip: largest norm of the gradient; 0 clips nothing.
@@ -47,6 +48,7 @@ class TrainingSettings:
     optimizer: str = "adamw"
     rate: float | None = None
     step_rate: float = 1.0
+    width_rate: float = 1.0
     weight_decay: float = 1e-4
     warm_up: float = 0.05
     clip: float = 1.0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quant_ops.errors import UsageError
+from quant_ops.learned_widths.base import LearnedWidths
 from quant_ops.qat.activations import LearnedActivation
 from quant_ops.qat.averages import Averages
 from quant_ops.qat.network import QuantizedNetwork
@@ -36,6 +37,7 @@ from search.training.objective import Objective
 from search.training.settings import TrainingSettings
 
 _LOGGED_STEPS = 100  # a row of the log at least that often
+_SCALES = ("log_", "zero_point", "exponent")  # how names of steps, clips and gammas begin
 
 Penalty = Callable[[QuantizedNetwork, float], Tensor]
 """(network, share of the training that is done) -> what is added to the loss, ()."""
@@ -232,6 +234,7 @@ class Trainer:
         network = self.network
         if self._settings.average > 0:
             self._averages.copy_to(network)
+        network.eval()  # a relaxation's gates would scale what norms are estimated on
         if bool(network.has_norms.any()):
             network.estimate_norms(self._norm_batches)
             network.fold_norms()
@@ -293,14 +296,18 @@ class Trainer:
 
 
 def make_optimizer(network: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """Latent weights decay; steps and gammas have a rate of their own."""
+    """Latent weights decay; steps and gammas, and learned widths, have rates of their own."""
     named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     latent = [p for n, p in named if n.endswith("latent")]
-    scales = [p for n, p in named if n.rpartition(".")[2].startswith(("log_", "zero_point"))]
+    scales = [p for n, p in named if n.rpartition(".")[2].startswith(_SCALES)]
     known = {id(p) for p in (*latent, *scales)}
+    modules = [m for m in network.modules() if isinstance(m, LearnedWidths)]
+    widths = [p for m in modules for p in m.parameters() if id(p) not in known]
+    known |= {id(p) for p in widths}
     groups: list[dict[str, Any]] = [
         {"params": latent, "weight_decay": settings.weight_decay, "relative": 1.0},
         {"params": scales, "weight_decay": 0.0, "relative": settings.step_rate},
+        {"params": widths, "weight_decay": 0.0, "relative": settings.width_rate},
         {
             "params": [p for _, p in named if id(p) not in known],
             "weight_decay": 0.0,

@@ -1,0 +1,133 @@
+"""Strategies that learn widths: budgets, harvested points, files, resume, inheritance."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from quant_ops.errors import BudgetError, UsageError
+from quant_ops.packed import PackedModel
+from search.config import RunConfig
+from search.engine import run_search
+from search.finish import packed_path
+from search.record import Record
+from search.strategies.table import STRATEGIES, strategy_class
+from search.tasks.table import load_task
+from search.training.trainer import Trainer
+
+ROWS = [name for name in STRATEGIES if strategy_class(name).traits.needs_training]
+FAST = "diffq"
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return f"{Path(__file__).parents[1] / 'data' / 'tiny_tasks.py'}:cnn_training"
+
+
+@pytest.fixture(scope="module")
+def task(spec):
+    return load_task(spec)
+
+
+def run(spec, task, folder, name=FAST, *, budgets=("2kB",), steps=20, resume=False, **settings):
+    given = {"steps": steps, "harvest": 2, **settings}
+    config = RunConfig(
+        task=spec,
+        budgets=budgets,
+        strategies=(name,),
+        settings={f"{name}.{key}": str(value) for key, value in given.items()},
+        search_samples=128,
+    )
+    run_search(task, config, folder, resume=resume)
+    return Record.open(folder).evaluations()
+
+
+def meets(folder, evaluation, budget_bytes):
+    packed = PackedModel.load(packed_path(folder, evaluation.trial))
+    assert packed.digest == evaluation.weights_digest
+    assert packed.size_bytes == evaluation.size_bytes
+    return 0.98 * budget_bytes <= packed.size_bytes <= budget_bytes
+
+
+def final(evaluations, name=FAST):
+    return [e for e in evaluations if e.recipe == name]
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == FAST else pytest.param(n, marks=pytest.mark.slow) for n in ROWS]
+)
+def test_every_method_ends_at_the_budget_with_points_on_the_way(spec, task, tmp_path, name):
+    evaluations = run(spec, task, tmp_path, name)
+    (found,) = final(evaluations, name)
+    assert meets(tmp_path, found, 2000)
+    harvested = [e for e in evaluations if e.recipe == f"{name} harvest"]
+    assert len(harvested) == 2
+    assert all(e.size_bytes >= found.size_bytes * 0.98 for e in harvested)
+    assert all(e.is_trained and packed_path(tmp_path, e.trial).exists() for e in evaluations)
+    assert Record.open(tmp_path).facts("training")[found.trial]["steps"] == 20
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_to_the_same_codes(spec, task, tmp_path, monkeypatch):
+    whole = final(run(spec, task, tmp_path / "whole"))
+    step, count = Trainer._step, 0
+
+    def dies(self, batch):
+        nonlocal count
+        count += 1
+        self.save()
+        if count == 7:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_step", dies)
+    with pytest.raises((KeyboardInterrupt, UsageError, FileNotFoundError, ValueError)):
+        run(spec, task, tmp_path / "cut")
+        raise KeyboardInterrupt  # the engine answers an interrupt with what there is
+    monkeypatch.setattr(Trainer, "_step", step)
+    resumed = run(spec, task, tmp_path / "cut", resume=True)
+    assert [e.weights_digest for e in final(resumed)] == [e.weights_digest for e in whole]
+    assert len(resumed) == 3
+    again = run(spec, task, tmp_path / "cut", resume=True)
+    assert [e.trial for e in again] == [e.trial for e in resumed]
+
+
+@pytest.mark.slow
+def test_a_finished_model_starts_the_next_smaller_size(spec, task, tmp_path):
+    both = final(run(spec, task, tmp_path / "both", budgets=("3kB", "2kB")))
+    assert meets(tmp_path / "both", both[0], 3000)
+    assert meets(tmp_path / "both", both[1], 2000)
+    apart = run(spec, task, tmp_path / "apart", budgets=("3kB", "2kB"), inherit=False)
+    first, second = final(apart)
+    assert first.weights_digest == both[0].weights_digest
+    assert second.weights_digest != both[1].weights_digest
+
+
+def test_a_task_without_training_data_is_refused(spec, task, tmp_path):
+    with pytest.raises(UsageError, match="has no training data"):
+        run(spec, replace(task, training=None), tmp_path)
+
+
+def test_a_budget_below_the_floor_is_refused(spec, task, tmp_path):
+    with pytest.raises(BudgetError, match="no candidate fits 100 B"):
+        run(spec, task, tmp_path, budgets=("100B",))
+
+
+def test_a_network_without_a_choice_is_refused(spec, task, tmp_path):
+    config = RunConfig(task=spec, strategies=(FAST,), bits=(4.0,), search_samples=128)
+    with pytest.raises(UsageError, match="no width to learn"):
+        run_search(task, config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning": 1}, "learning must lie between 0 and 1"),
+        ({"noise": "pink"}, "noise 'pink' is not one of"),
+        ({"freeze": 0.5}, "has no setting 'freeze'"),
+    ],
+)
+def test_a_wrong_setting_gets_one_sentence(spec, task, tmp_path, settings, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        run(spec, task, tmp_path, **settings)
