@@ -4,8 +4,8 @@
     python studies/gradient.py --task fashion-mnist --data DATA --method lsq --seed 0
     python studies/gradient.py --table
 
-The sizes are those of uniform 2, 3 and 4 bits. "lsq" trains these uniform widths with learned steps; the
-other methods learn widths for the same sizes in the same time. Rows are appended to
+The sizes are those of uniform 2, 3 and 4 bits. "lsq" trains these uniform widths with learned
+steps; the other methods learn widths for the same sizes in the same time. Rows are appended to
 studies/rows/gradient.jsonl and kept; a killed run is resumed.
 """
 

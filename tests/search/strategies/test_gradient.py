@@ -1,6 +1,7 @@
 """Strategies that learn widths: budgets, harvested points, files, resume, inheritance."""
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,9 +83,9 @@ def test_a_killed_training_goes_on_to_the_same_codes(spec, task, tmp_path, monke
         return step(self, batch)
 
     monkeypatch.setattr(Trainer, "_step", dies)
-    with pytest.raises((KeyboardInterrupt, UsageError, FileNotFoundError, ValueError)):
-        run(spec, task, tmp_path / "cut")
-        raise KeyboardInterrupt  # the engine answers an interrupt with what there is
+    with suppress(KeyboardInterrupt, UsageError, FileNotFoundError, ValueError):
+        run(spec, task, tmp_path / "cut")  # the engine answers an interrupt with what there is
+    assert count == 7
     monkeypatch.setattr(Trainer, "_step", step)
     resumed = run(spec, task, tmp_path / "cut", resume=True)
     assert [e.weights_digest for e in final(resumed)] == [e.weights_digest for e in whole]
