@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -100,8 +101,12 @@ class Bench:
 
     def measure_test(self, network: PeerNetwork) -> float | None:
         """The metric on the labelled test split: one read."""
+        return measure(self._test, network).metric
+
+    @cached_property
+    def _test(self) -> Judge:
         assert self.task.test is not None
-        return measure(judge_of(self.task, self.task.test()), network).metric
+        return judge_of(self.task, self.task.test())
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,6 +10,7 @@ has none gets the test metric once, and the read is noted in studies/TEST_READS.
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -65,7 +66,10 @@ def main() -> None:
         for tool in arguments.only:
             cell = {"task": arguments.task, "tool": tool, "size": size, "seed": arguments.seed}
             known = latest(read(ROWS), cell)
-            if known is None or (arguments.test and known["bytes"] and known["test"] is None):
+            is_missing = known is None or (
+                arguments.test and known["bytes"] is not None and known["test"] is None
+            )
+            if is_missing:
                 row = measured(bench, cell, with_test=arguments.test)
                 append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
@@ -108,7 +112,14 @@ def measured(bench: Bench, cell: Row, *, with_test: bool) -> Row:
 def note_read(row: Row) -> None:
     """One line for one read of the labelled test split."""
     what = f"{row['tool']} at {row['size']:,} bytes, seed {row['seed']}"
-    line = f"| {row['date']} | - | {row['task']} | {what} | row of `studies/peers` |\n"
+    told = subprocess.run(
+        ["git", "-C", STUDIES, "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    commit = told.stdout.strip() or "-"
+    line = f"| {row['date']} | {commit} | {row['task']} | {what} | row of `studies/peers` |\n"
     with TEST_READS.open("a") as file:
         file.write(line)
 
