@@ -9,7 +9,7 @@ from torch import Tensor
 WIDTHS = (8, 7, 6, 5, 4, 3, 2)
 BATCH = 64
 SCORED_IMAGES = 32  # the default of the tool; the time is proportional to it
-EPOCHS = 20  # of gradient rounding
+EPOCHS = 5  # of gradient rounding
 
 
 def mct(bench: Bench, size: int, seed: int) -> PeerNetwork | None:
@@ -42,7 +42,11 @@ def _search(bench: Bench, size: int, seed: int, *, learned_rounding: bool) -> Pe
     model = copy.deepcopy(bench.task.model)
     if learned_rounding:
         config = toolkit.gptq.get_pytorch_gptq_config(
-            n_epochs=EPOCHS, gradual_activation_quantization=False
+            n_epochs=EPOCHS,
+            # The default estimates 100 Hessian probes per batch: hours on one core.
+            use_hessian_based_weights=False,
+            use_hessian_sample_attention=False,
+            gradual_activation_quantization=False,
         )
         quantized, _ = toolkit.gptq.pytorch_gradient_post_training_quantization(
             model, _generator(images), gptq_config=config, **common
@@ -123,10 +127,19 @@ def _weights_only():
 
 def _weights(model: torch.nn.Module, bench: Bench) -> dict[str, PeerWeight]:
     """What the wrappers of convolutions and linear layers hold, in the names of the task."""
+    from mct_quantizers import PytorchQuantizationWrapper
+
+    wrappers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PytorchQuantizationWrapper) and module.weights_quantizers
+    }
     found = {}
     for name in bench.layers:
-        wrapper = model.get_submodule(name.replace(".", "_"))
+        # The tool writes _ for each point and appends a word where it folded a norm.
+        flat = name.replace(".", "_")
+        (wrapper,) = (m for known, m in wrappers.items() if known.startswith(flat))
         values = wrapper.get_quantized_weights()["weight"].detach()
-        quantizer = wrapper.weights_quantizers["weight"]
-        found[name] = PeerWeight(values, int(quantizer.num_bits))
+        bit_width = wrapper.weights_quantizers["weight"].num_bits
+        found[name] = PeerWeight(values, int(bit_width))
     return found

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import torch
 from network import Bench, PeerNetwork, PeerWeight
@@ -53,11 +54,19 @@ def _search(bench: Bench, size: int, seed: int, method: str) -> PeerNetwork | No
             data_loader=batches,
             forward_step=lambda network, batch: network(batch),
             loss_func=loss if method == "gradient" else None,
-            num_calib_steps=len(batches),
+            num_calib_steps=1,  # the largest magnitude of a weight needs no image
             num_score_steps=len(batches),
             method=method,
+            checkpoint=str(_scores(bench, seed, method)),
         )
     return PeerNetwork(model, {name: _weight(model, name) for name in bench.layers})
+
+
+def _scores(bench: Bench, seed: int, method: str) -> Path:
+    """Where the tool keeps its scores, which do not depend on the size: solved anew for each."""
+    path = Path("runs") / "peers" / f"{bench.task.name}-modelopt-{method}-{seed}.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _format(bit_width: int) -> dict:
