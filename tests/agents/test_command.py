@@ -126,9 +126,7 @@ def test_fixed_mode_leaves_channels_out_or_gives_them_one_width(runs, search_cal
 )
 def test_bad_input_gets_one_sentence(options, message, search_call, tiny, tmp_path):
     out = tmp_path / "run"
-    answer = search_call(
-        "run", "--task", tiny("mlp"), "--strategy", "ajpq", "--out", out, *options
-    )
+    answer = search_call("run", "--task", tiny("mlp"), "--strategy", "ajpq", "--out", out, *options)
     assert answer.code == 2
     assert message in " ".join(answer.stderr.split())
     assert "Traceback" not in answer.stderr
