@@ -54,7 +54,7 @@ class Spaces(gymnasium.Env[Rows, Rows]):
 
 
 class Controller:
-    """Actor, critics and a replay buffer.
+    """Actor, critics and a replay buffer: DDPG [Lillicrap2016] or one of its successors.
 
     A decision's return is known when its episode ends, and it is what the critic learns: with
     one reward at the end and no discount, every state's return is that reward, however many

@@ -1,4 +1,7 @@
-"""From a finished genome back to the transitions that would have led there, under any budget."""
+"""From a finished genome back to the transitions that would have led there, under any budget.
+
+Relabelling is hindsight replay [Andrychowicz2017]; the goal between the levels is from [Lou2020].
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
