@@ -7,6 +7,7 @@ that is never above the widest weight's own. Nothing is rounded: what does not f
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from quant_ops.bit_widths import LEVELS, TERNARY
 from quant_ops.hgq.layers import HGQLayer
@@ -31,8 +32,20 @@ def quantized_layer(layer: HGQLayer, *, name: str = "layer") -> QuantizedLayer:
     Raises:
         ValueError: a channel needs more than 8 bits, or scales or biases more than is stored.
     """
-    weight = layer.quantized_weight().double().cpu().numpy()
-    rows = weight.reshape(weight.shape[0], -1)
+    weight = layer.quantized_weight()
+    return quantized_rows(weight.flatten(1), bias=_stored_bias(layer, name), name=name)
+
+
+def quantized_rows(
+    weight: Tensor, *, bias: StoredBias | None = None, name: str = "layer"
+) -> QuantizedLayer:
+    """The stored form of fixed-point weights (out, n), equal value by value.
+
+    Raises:
+        ValueError: a row needs more than 8 bits, or the scales of a width more octaves than are
+            stored.
+    """
+    rows = weight.detach().double().cpu().numpy()
     exponents = _finest_exponents(rows)
     whole = np.rint(np.ldexp(rows, -exponents[:, None])).astype(np.int64)
     widths = [_narrowest(row, f"{name}, channel {i}") for i, row in enumerate(whole)]
@@ -47,7 +60,7 @@ def quantized_layer(layer: HGQLayer, *, name: str = "layer") -> QuantizedLayer:
         scales=scales,
         mid_rise=frozenset(),
         zero_points=None,
-        bias=_stored_bias(layer, name),
+        bias=bias,
     )
 
 

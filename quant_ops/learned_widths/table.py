@@ -13,6 +13,7 @@ LEARNED_WIDTHS = {
     "self-compressing": "quant_ops.learned_widths.self_compressing:SelfCompressing",
     "csq": "quant_ops.learned_widths.csq:CSQ",
     "limpq": "quant_ops.learned_widths.limpq:LIMPQ",
+    "hgq": "quant_ops.learned_widths.hgq:HGQ",
 }
 
 
