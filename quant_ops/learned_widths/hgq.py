@@ -77,7 +77,7 @@ class HGQ(LearnedWidths):
             for octaves in range(_TRIED):
                 tried = self._fixed_point(weight, needed - octaves, digits_of)
                 errors.append((tried - weight).square().sum(dim=1))
-            self.integer_bits -= torch.stack(errors).argmin(dim=0)
+            self.integer_bits.sub_(torch.stack(errors).argmin(dim=0))
 
     def soft(self, weight: Tensor) -> Tensor:
         """The weights at the nearest legal widths, with gradients for the real ones."""

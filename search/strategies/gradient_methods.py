@@ -5,9 +5,22 @@ from quant_ops.learned_widths.csq import CSQ
 from quant_ops.learned_widths.diffq import DiffQ
 from quant_ops.learned_widths.dqa import DQA
 from quant_ops.learned_widths.fracbits import FracBits
+from quant_ops.learned_widths.hgq import HGQ
 from quant_ops.learned_widths.self_compressing import SelfCompressing
 from search.strategies.gradient import GradientStrategy, traits_of
 from search.strategies.gradient_settings import settings_with
+
+
+class HGQStrategy(GradientStrategy):
+    """Fixed point with learned fraction and integer bits [Sun2024].
+
+    Trained to the end at the widths found, the scales are no longer powers of two.
+    """
+
+    name = "hgq"
+    traits = traits_of("fixed point with learned fraction and integer bits")
+    method = HGQ
+    Settings = settings_with(HGQ)  # type: ignore[assignment]
 
 
 class DiffQStrategy(GradientStrategy):

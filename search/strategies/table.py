@@ -23,6 +23,7 @@ STRATEGIES = {
     "haq": "agents.haq:HAQ",
     "amc": "agents.amc:AMC",
     "two-step": "agents.two_step:TwoStep",
+    "hgq": "search.strategies.gradient_methods:HGQStrategy",
     "diffq": "search.strategies.gradient_methods:DiffQStrategy",
     "bayesian-bits": "search.strategies.gradient_methods:BayesianBitsStrategy",
     "dqa": "search.strategies.gradient_methods:DQAStrategy",
