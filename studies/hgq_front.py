@@ -212,7 +212,7 @@ def train_bitfront(seed: int, arguments: argparse.Namespace) -> Keeper:
     import torch
     from torch import nn
 
-    from quant_ops.hgq import penalty, quantize_together
+    from quant_ops.hgq import FusedTraining, penalty
 
     torch.set_num_threads(1)
     images, labels = images_of(0)
@@ -224,14 +224,21 @@ def train_bitfront(seed: int, arguments: argparse.Namespace) -> Keeper:
             layer.bias.zero_()
     criterion = nn.CrossEntropyLoss()
 
-    def loss_of(x: Any, y: Any, beta: Any) -> Any:
-        return criterion(model(x), y) + penalty(model, beta=beta, gamma=GAMMA)
-
     if arguments.compile:
-        loss_of = torch.compile(loss_of)
+
+        @torch.compile
+        def loss_of(x: Any, y: Any, beta: Any) -> Any:
+            return criterion(model(x), y) + penalty(model, beta=beta, gamma=GAMMA)
+
+        parameters = model.parameters()
     else:
-        quantize_together(model)
-    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, eps=1e-7, fused=True)
+        fused = FusedTraining(model)
+
+        def loss_of(x: Any, y: Any, beta: Any) -> Any:
+            return criterion(fused(x), y) + fused.penalty(beta=beta, gamma=GAMMA)
+
+        parameters = fused.parameters()
+    optimizer = torch.optim.Adam(parameters, LEARNING_RATE, eps=1e-7, fused=True)
     keeper = Keeper(
         arguments.seconds,
         arguments.clock,

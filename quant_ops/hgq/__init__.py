@@ -8,6 +8,7 @@ training mode, differentiable in every width. `quant_ops.hgq.bridge` makes store
 """
 
 from quant_ops.hgq.fixed_point import OVERFLOWS, ROUNDINGS, Arithmetic
+from quant_ops.hgq.fused import FusedTraining
 from quant_ops.hgq.layers import HGQActivation, HGQConv1d, HGQConv2d, HGQLinear
 from quant_ops.hgq.quantizer import KBIQuantizer, KIFQuantizer, QuantizerSpec
 from quant_ops.hgq.schedule import BudgetController, LogLinearBeta
@@ -19,6 +20,7 @@ __all__ = [
     "ROUNDINGS",
     "Arithmetic",
     "BudgetController",
+    "FusedTraining",
     "HGQActivation",
     "HGQConv1d",
     "HGQConv2d",

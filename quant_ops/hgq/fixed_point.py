@@ -172,7 +172,7 @@ def train_fixed_point(
         fractions = through(other_bits) - integers if other_is_total else through(other_bits)
         above = torch.maximum(integers, -fractions).detach() + (integers - integers.detach())
         return _reflected(x, signed, above, fractions, arithmetic)
-    y = _Trained.apply(x, signed, integer_bits, other_bits, arithmetic, other_is_total)  # type: ignore[no-untyped-call]
+    y = Trained.apply(x, signed, integer_bits, other_bits, arithmetic, other_is_total)  # type: ignore[no-untyped-call]
     return cast(Tensor, y)
 
 
@@ -191,7 +191,7 @@ class _Through(torch.autograd.Function):
         return gradients[0]
 
 
-class _Trained(torch.autograd.Function):
+class Trained(torch.autograd.Function):
     """One node of the autograd graph instead of twenty."""
 
     @staticmethod
@@ -211,12 +211,12 @@ class _Trained(torch.autograd.Function):
         clipped = x
         ends: tuple[Tensor, ...] = ()
         if arithmetic.saturates:
-            integers = torch.maximum(torch.round(integer_bits), -fractions)
-            top = torch.exp2(integers)
+            top = torch.exp2(torch.maximum(torch.round(integer_bits), -fractions))
             high = top - 1 / scale
             low = -signed * (high if arithmetic.overflow == "SAT_SYM" else top)
             clipped = torch.minimum(torch.maximum(x, low), high)
-            ends = (x, signed, scale, top, clipped, high)
+            outside = torch.maximum(torch.sign(x - clipped), -signed)
+            ends = (outside, x == clipped, scale, top)
         y = ROUNDINGS[arithmetic.rounding](clipped * scale).div_(scale)
         ctx.save_for_backward(clipped - y, *ends)
         ctx.shapes = integer_bits.shape, other_bits.shape
@@ -230,14 +230,13 @@ class _Trained(torch.autograd.Function):
         to_fraction = error * g
         g_x, to_integer = g, None
         if ctx.arithmetic.saturates:
-            x, signed, scale, top, clipped, high = ends
-            is_inside = x == clipped
-            at_ends = g * (~is_inside) * torch.where(x > high, 1.0, -signed)
+            outside, is_inside, scale, top = ends
+            at_ends = g * outside  # 1 above, -1 below, 0 inside and below an unsigned range
             g_x = g * is_inside
             to_integer = at_ends * top
             if ctx.arithmetic.overflow == "SAT":
-                at_ends = at_ends * (x > high)
-            to_fraction = to_fraction + at_ends / scale
+                at_ends = at_ends * (outside > 0)
+            to_fraction = to_fraction.addcdiv_(at_ends, scale)
         integer_shape, other_shape = ctx.shapes
         g_other = LN2 * to_fraction.sum_to_size(other_shape)
         g_integer = None

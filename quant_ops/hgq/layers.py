@@ -65,6 +65,7 @@ class HGQLayer(nn.Module):
             differentiable; None before it.
         parallel: output positions that are computed at the same time, None for all of them; where
             fewer are, multipliers are used again and EBOPs shrink.
+        training_pass: what runs in place of the forward pass in training mode; see FusedTraining.
     """
 
     shares_bias: ClassVar[bool]  # whether a smaller `parallel` makes the bias cheaper too
@@ -89,6 +90,7 @@ class HGQLayer(nn.Module):
         self.tracing = False
         self._shape: tuple[int, ...] = ()
         self._prepared: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.training_pass: Callable[[Tensor], Tensor] | None = None
         shapes = {
             "element": tuple(weight.shape),
             "channel": (weight.shape[0],) + (1,) * (weight.dim() - 1),
@@ -104,6 +106,8 @@ class HGQLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, ...) as the float layer takes it."""
+        if self.training_pass is not None and self.training:
+            return self.training_pass(x)
         x = self.input_quantizer(x)
         weight, bias = self._prepared
         self._prepared = (None, None)
@@ -171,7 +175,8 @@ class HGQLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last EBOPs, which belong to a graph and cannot be copied."""
-        return {**self.__dict__, "ebops": None, "_prepared": (None, None)}
+        fresh = {"ebops": None, "_prepared": (None, None), "training_pass": None}
+        return {**self.__dict__, **fresh}
 
 
 def _in_inference(quantizer: FixedPointQuantizer, values: Tensor) -> Tensor:
