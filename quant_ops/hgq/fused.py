@@ -130,7 +130,10 @@ class FusedTraining:
             self._input_sizes,
         )
         tensors, fractions = iter(parts[: len(self._shapes)]), parts[len(self._shapes) :]
-        scales, steps = scale.split(self._input_sizes), self._step.split(self._input_sizes)
+        scales, steps = (
+            torch.split(scale, self._input_sizes),
+            torch.split(self._step, self._input_sizes),
+        )
         for layer, *of_input in zip(self._layers, fractions, scales, steps, strict=True):
             weight = next(tensors)
             bias = None if layer.bias is None else next(tensors)
@@ -169,12 +172,12 @@ class _Quantize(torch.autograd.Function):
         fraction_bits: Tensor,
         arithmetic: Arithmetic,
         shapes: Sequence[tuple[int, ...]],
-        input_sizes: Sequence[int],
+        input_sizes: list[int],
     ) -> tuple[Tensor, ...]:
         y = Trained.forward(ctx, values, signed, integer_bits, total_bits, arithmetic, True)
-        cut = y.split([math.prod(shape) for shape in shapes])
+        cut = torch.split(y, [math.prod(shape) for shape in shapes])
         tensors = [part.view(shape) for part, shape in zip(cut, shapes, strict=True)]
-        return (*tensors, *fraction_bits.detach().clone().split(input_sizes))
+        return (*tensors, *torch.split(fraction_bits.detach().clone(), input_sizes))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -286,7 +289,9 @@ def _checked(layer: HGQLayer) -> HGQLinear:
 def _gathered(tensors: Sequence[Tensor]) -> Tensor:
     """One vector of all; the tensors become views of it."""
     joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    for tensor, part in zip(tensors, joined.split([t.numel() for t in tensors]), strict=True):
+    for tensor, part in zip(
+        tensors, torch.split(joined, [t.numel() for t in tensors]), strict=True
+    ):
         tensor.data = part.view(tensor.shape)
     return joined
 
