@@ -1,7 +1,5 @@
 """`python -m search` does what `search` does."""
 
-import sys
+from search.cli import command
 
-from search.cli import main
-
-sys.exit(main())
+command()

@@ -1,8 +1,9 @@
 """The command `search`: parses and prints; the work is one call per subcommand."""
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 INTERRUPTED = 130
 ENVIRONMENT = 4
@@ -37,6 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"search: cannot read or write {where}: {reason}", file=sys.stderr)
         return ENVIRONMENT
     return code if isinstance(code, int) else 0
+
+
+def command() -> NoReturn:
+    """The process `search`: exits with the code of `main`."""
+    code = main()
+    if code == INTERRUPTED:
+        # Where the interrupt came inside exec of a text, as in many an import, the interpreter
+        # ends itself by SIGINT although it was handled.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _click_exception(bad_parameter: type) -> Any:

@@ -194,9 +194,7 @@ def test_settings_out_of_range_are_refused():
 
 
 def test_a_time_becomes_steps(prepared, monkeypatch):
-    monkeypatch.setattr(
-        "search.training.pace._seconds_per_step", lambda make, s: s.folded_share + 1
-    )
+    monkeypatch.setattr("search.training.pace.seconds_per_step", lambda make, s: s.folded_share + 1)
     settings = TrainingSettings(folded_share=0.25)
     # three quarters at 1 s, a quarter at 2 s, nine tenths of 1,000 s
     assert steps_within(1000, lambda s: make(prepared), settings) in (719, 720)
