@@ -23,6 +23,7 @@ RETRIES = 8  # wild proposals after that
 WILD = 0.8  # their noise
 LEAST_NOISE, DECAY = 0.25, 0.97  # of the noise, per batch
 NEAR = 1.5  # a trial may be followed at a budget within this factor of its size
+USEFUL = 0.5  # of the largest loss known: a network above does nothing any more
 ELITES = 6  # of the best trials near a budget one is followed
 DEMONSTRATIONS = 300  # earlier trials that enter the replay buffers, the latest
 REHEARSAL = 8  # as many times the usual gradient steps before the first batch
@@ -186,7 +187,7 @@ class Campaign:
     def _budgets(self, generator: np.random.Generator) -> list[float]:
         """Every second one is a size asked for, the others are spread over the range."""
         n = self._context.batch_size
-        low, high = np.log2(self._problem.limits)
+        low, high = np.log2([self._lowest(), self._problem.limits[1]])
         places = (np.arange(n) + generator.random(n)) / n
         spread = [float(2**x) for x in low + (high - low) * places]
         asked = self._context.sizes
@@ -195,6 +196,15 @@ class Campaign:
             for slot in range(0, n, 2):
                 spread[slot] = float(asked[(first + slot // 2) % len(asked)])
         return spread
+
+    def _lowest(self) -> float:
+        """Half the size of the smallest network that still does something, in bytes."""
+        smallest, largest = self._problem.limits
+        losses = [e.loss for e in self._known if np.isfinite(e.loss)]
+        useful = [
+            e.size_bytes for e in self._known if e.loss < USEFUL * max(losses, default=np.inf)
+        ]
+        return min(max(smallest, min(useful, default=smallest) / 2), largest)
 
     def _proposals(
         self, batch: int, generator: np.random.Generator

@@ -86,7 +86,7 @@ class Ensemble:
         self._law = law
         self._n = members
         self._members: list[tuple[Floats, Floats]] = []
-        self._centre = 0.0
+        self._centre, self._range = 0.0, (0.0, 0.0)
 
     @property
     def is_fitted(self) -> bool:
@@ -102,7 +102,7 @@ class Ensemble:
         sizes = np.log2(sizes[-MOST_ROWS:])
         if len(losses) < LEAST_ROWS:
             return
-        self._centre = float(sizes.mean())
+        self._centre, self._range = float(sizes.mean()), (float(sizes.min()), float(sizes.max()))
         self._members = []
         for _ in range(self._n):
             trust = generator.exponential(size=len(losses))
@@ -116,9 +116,10 @@ class Ensemble:
     def log_losses(self, genomes: Ints, member: int) -> Floats:
         """(n, genes) positions to (n,) predicted ln(loss) of one member."""
         weights, bend = self._members[member % self._n]
-        sizes = np.log2([self._problem.size.estimate(g) for g in genomes]) - self._centre
+        sizes = np.log2([self._problem.size.estimate(g) for g in genomes])
+        octaves = np.clip(sizes, *self._range) - self._centre  # a parabola is no guide beyond
         total = np.maximum(self._law.features(genomes) @ weights, 1e-12)
-        return np.asarray(np.log(total) + _basis(sizes) @ bend)
+        return np.asarray(np.log(total) + _basis(octaves) @ bend)
 
 
 def _weights(rows: Floats, losses: Floats, trust: Floats) -> Floats:

@@ -99,7 +99,7 @@ class Problem:
         layers: every layer of the space.
         steps: numbers of the layers that have a choice, in execution order.
         size: the estimate.
-        limits: smallest sensible and largest budget in bytes.
+        limits: smallest and largest budget in bytes.
         groups: rank groups that the channel controller acts on, per layer.
     """
 
@@ -119,9 +119,7 @@ class Problem:
         layers = _layers(space, importance)
         largest = context.size_of(space.largest())
         high = min(context.budgets.get("size_bytes", largest), largest)
-        narrow = context.size_of(space.uniform(1))
-        smallest = context.size_of(space.smallest())
-        low = max(smallest, min(0.6 * narrow, 0.5 * high))
+        low = context.size_of(space.smallest())
         steps = tuple(i for i, layer in enumerate(layers) if layer.has_choice)
         return cls(
             space, importance, layers, steps, SizeModel(space, largest),

@@ -58,7 +58,7 @@ class SizeModel:
         n_genes = len(space.gene_widths)
         widest = np.array([len(w) - 1 for w in space.gene_widths], dtype=np.intp)
         self.n_genes = n_genes
-        self.fixed = 0.0
+        self.fixed = 0.0  # until the estimate of the widest genome says what is missing
         self.fixed = exact_largest - self.estimate(widest)
 
     def estimate(self, genome: Ints) -> float:
@@ -66,7 +66,8 @@ class SizeModel:
         zero = np.zeros(self.n_components)
         for layer in self.layers:
             self.count_zeros(layer, genome, zero)
-        return self.fixed + sum(self.layer_bytes(x, genome, zero) for x in self.layers)
+        layers = sum(self.layer_bytes(x, genome, zero) for x in self.layers)
+        return max(self.fixed + layers, 1.0)
 
     def count_zeros(self, layer: LayerTerms, genome: Ints, zero: Floats) -> None:
         """Add to (components,) how many members of each set this layer has at width 0."""

@@ -93,10 +93,15 @@ def measure_cell(arguments: argparse.Namespace, part: str, method: str, seed: in
     for folder_of_run in runs:
         for evaluation in Record.open(folder_of_run).evaluations():
             (common if evaluation.strategy in COMMON else found).append(evaluation)
+    if len(found) > arguments.evaluations:
+        raise SystemExit(
+            f"{method}: {len(found)} evaluations instead of {arguments.evaluations}, because the "
+            f"common strategies' shares were too small to replay them; ask for 200 or more"
+        )
     scale = ParetoFront.load(runs[0] / "front.json").info.scale
     row = keys | {
         "hypervolume": scale.hypervolume(common + found),
-        "common": scale.hypervolume(common),
+        "common": scale.hypervolume(common),  # cold agents measure uniform widths too
         "losses": [best_at(common + found, parse_size(budget)) for budget in budgets],
         "front": [(e.size_bytes, e.loss) for e in non_dominated(common + found)],
         "scale": [scale.smallest_bytes, scale.largest_bytes, scale.worst_loss],
@@ -183,7 +188,9 @@ def print_tables(task: str) -> None:
 def values(rows: list[dict], method: str) -> dict[int, float]:
     """Seed to hypervolume, less that of the common record where there is one."""
     return {
-        row["seed"]: row["hypervolume"] - row["common"] for row in rows if row["method"] == method
+        row["seed"]: row["hypervolume"] - (row["common"] if row["part"] != "cold" else 0.0)
+        for row in rows
+        if row["method"] == method
     }
 
 
