@@ -148,7 +148,9 @@ def of_seeds(rows: Iterable[Row]) -> list[Row]:
 
 
 def mean_metric(rows: list[Row]) -> str:
-    """Percent, with the number of seeds where there are several."""
+    """Percent, with the number of seeds where there are several; "-" where none can be reached."""
+    if not rows:
+        return "not measured"
     rows = [row for row in rows if row.get("bytes")]
     if not rows:
         return "-"
