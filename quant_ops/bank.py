@@ -84,7 +84,7 @@ class WeightBank:
     def quantize(self, candidate: Candidate) -> QuantizedModel:
         """The candidate's codes, stored scales and stored biases."""
         live = self._live_inputs(candidate)
-        other = self._partners(candidate)
+        other = self.partners(candidate)
         layers = {
             name: self.layer(name, quant, live.get(name), other.get(name))
             for name, quant in candidate.layers
@@ -96,7 +96,7 @@ class WeightBank:
     def params(self, candidate: Candidate) -> dict[str, Tensor]:
         """What `quantize(candidate).params()` gives, bit for bit; look-ups where known."""
         live = self._live_inputs(candidate)
-        other = self._partners(candidate)
+        other = self.partners(candidate)
         out = dict(self.float_params)
         for name, quant in candidate.layers:
             layer = self._layer_of(name)
@@ -333,7 +333,7 @@ class WeightBank:
             self._activations[name, bit_width] = chosen
         return self._activations[name, bit_width]
 
-    def _partners(self, candidate: Candidate) -> dict[str, LayerQuant]:
+    def partners(self, candidate: Candidate) -> dict[str, LayerQuant]:
         """Layer name to the widths of the one it is added to, for pairs that are in use."""
         out: dict[str, LayerQuant] = {}
         assignment = candidate.assignment

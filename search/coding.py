@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from quant_ops.bit_widths import code_bytes
 from quant_ops.candidate import Candidate, LayerQuant
 from quant_ops.coded import layer_codes
+from quant_ops.dual import without_unused
 from quant_ops.graph import Layer
 from quant_ops.packed import PackedModel
 from quant_ops.packed_size import header, payload_bytes
@@ -48,16 +49,19 @@ class Coder:
         self._prepared = prepared
         self._folder = folder
         self._graph = prepared.traced.graph
-        self._saved: dict[tuple[str, LayerQuant, bytes], int] = {}
+        self._saved: dict[tuple[str, LayerQuant, LayerQuant | None, bytes], int] = {}
         self._lengths: dict[int, int] = {}
 
     def candidate_bytes(self, candidate: Candidate) -> int:
         """Length of the coded file of a candidate with its plain weights."""
-        storage = plan_storage(self._graph, candidate)
         n_payload = payload_bytes(self._graph, candidate)
-        for layer, quant in zip(self._graph.layers, storage.quants, strict=True):
+        other = self._prepared.evaluator.bank.partners(candidate)
+        graph, stored = without_unused(self._graph, candidate)
+        storage = plan_storage(graph, stored)
+        for layer, quant in zip(graph.layers, storage.quants, strict=True):
             if quant is not None:
-                n_payload -= self._saved_bytes(layer, quant, storage.columns.get(layer.name))
+                columns = storage.columns.get(layer.name)
+                n_payload -= self._saved_bytes(layer, quant, other.get(layer.name), columns)
         return len(header(n_payload)) + n_payload
 
     def model(self, evaluation: Evaluation) -> QuantizedModel:
@@ -83,12 +87,16 @@ class Coder:
         return replace(evaluation, costs={**evaluation.costs, SIZE: float(n_bytes)})
 
     def _saved_bytes(
-        self, layer: Layer, quant: LayerQuant, columns: NDArray[np.intp] | None
+        self,
+        layer: Layer,
+        quant: LayerQuant,
+        other: LayerQuant | None,
+        columns: NDArray[np.intp] | None,
     ) -> int:
-        key = (layer.name, quant, b"" if columns is None else columns.tobytes())
+        key = (layer.name, quant, other, b"" if columns is None else columns.tobytes())
         if key not in self._saved:
             # codes do not depend on which inputs are removed, only the bias does
-            quantized = self._prepared.evaluator.bank.layer(layer.name, quant)
+            quantized = self._prepared.evaluator.bank.layer(layer.name, quant, other=other)
             coded = layer_codes(layer, quant, quantized, columns, CODED)
             kept = kept_weights(layer, columns)
             counts = width_counts(layer, quant)
@@ -132,7 +140,8 @@ def spend(context: RunContext, coder: Coder, limits: Limits) -> None:
     """
     if limits.trials is not None and limits.trials < 1:
         return
-    context.begin("rate-distortion", limits)
+    # early stopping compares plain sizes
+    context.begin("rate-distortion", limits, in_full=True)
     memory = Memory()
     for evaluation in context.history():
         memory.results[evaluation.candidate] = coder.as_coded(evaluation)

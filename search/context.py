@@ -140,13 +140,15 @@ class RunContext:
         self._stopped = {e.candidate: e for e in plain if e.pruned}
         self._reached: dict[Candidate, Evaluation] = {}
         self._early_stop = early_stop
+        self._share_in_full = False
         self._incumbents = Incumbents(("size_bytes", *(n for n in budgets if n != "size_bytes")))
         self._n_used = 0
         self._probes = ProbeLog(folder / PROBES)
 
-    def begin(self, strategy: str, limits: Limits) -> None:
-        """Enter the share of one strategy."""
+    def begin(self, strategy: str, limits: Limits, *, in_full: bool = False) -> None:
+        """Enter the share of one strategy; `in_full`: none of its evaluations is stopped early."""
         self.strategy = strategy
+        self._share_in_full = in_full
         self._limits = limits
         self._n_used = 0
         self.listener.on_phase(strategy)
@@ -310,7 +312,7 @@ class RunContext:
 
     @property
     def _in_full(self) -> bool:
-        return not self._early_stop or self.strategy in IN_FULL
+        return not self._early_stop or self._share_in_full or self.strategy in IN_FULL
 
     def _is_answered(self, candidate: Candidate) -> bool:
         reached = self._reached.get(candidate)

@@ -155,6 +155,22 @@ def test_a_coded_size_is_predicted_to_the_byte(tiny, tiny_task, tmp_path):
         assert coder.candidate_bytes(candidate) == len(pack(model, "entropy"))
 
 
+def test_the_coded_size_of_a_sum_of_two_tensors_is_predicted_to_the_byte(tiny, tiny_task, tmp_path):
+    ready = prepare(tiny_task, config(tiny, dual=("3.conv2",), bits=(2, 4)))
+    coder = Coder(ready, tmp_path)
+    for width in (0, 2, 4):  # the codes of the two depend on each other
+        candidate = ready.space.uniform(2).replace({"3.conv2.residual": width})
+        model = ready.evaluator.bank.quantize(candidate)
+        assert coder.candidate_bytes(candidate) == len(pack(model, "entropy"))
+
+
+def test_what_is_proposed_for_its_coded_size_is_not_stopped_by_plain_ones(run):
+    evaluations = Record.open(run).evaluations()
+    spent = [e for e in evaluations if not e.recipe and e.size_bytes > LIMITS[-1]]
+    assert spent
+    assert not any(e.pruned for e in spent)
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_one_point_can_be_packed_anew(run, codec, tmp_path, capsys):
     out = tmp_path / "model.safetensors"
