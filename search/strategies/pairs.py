@@ -26,7 +26,7 @@ ROUNDS = 3  # of probing what is near the front and correcting it
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class PairChoice:
     """Two groups of the distortion table, and one choice of each."""
 
     groups: tuple[int, int]
@@ -79,7 +79,7 @@ def with_pairs(context: Context, table: DistortionTable) -> BlockTable:
     """
     blocks = _blocks(context, table)
     left = MOST_PROBES * sum(len(group) for group in table.losses if len(group) > 1)
-    terms: dict[Pair, float] = {}
+    terms: dict[PairChoice, float] = {}
     corrected = block_table(table, terms)
     for _ in range(ROUNDS):
         pairs = [pair for pair in worthwhile(corrected, blocks) if pair not in terms][:left]
@@ -93,7 +93,7 @@ def with_pairs(context: Context, table: DistortionTable) -> BlockTable:
     return corrected
 
 
-def worthwhile(corrected: BlockTable, blocks: Sequence[Sequence[int]]) -> list[Pair]:
+def worthwhile(corrected: BlockTable, blocks: Sequence[Sequence[int]]) -> list[PairChoice]:
     """The pairs of choices worth a probe, most so first.
 
     Were the loss quadratic, a pair could add at most 2 sqrt(loss_a loss_b). A pair is worth as
@@ -108,18 +108,18 @@ def worthwhile(corrected: BlockTable, blocks: Sequence[Sequence[int]]) -> list[P
         for choice in sweep(corrected.losses, corrected.costs["size_bytes"])
         if LEAST * worst <= (loss := total(corrected.losses, choice)) <= worst and loss > 0
     ]
-    worth: dict[Pair, float] = {}
+    worth: dict[PairChoice, float] = {}
     for g, h in _joinable(table, blocks, front):
         bound = 2 * np.sqrt(np.outer(table.losses[g], table.losses[h]))
         for choice, loss in front:
             for i, j in _around(choice[g], choice[h], bound.shape):
-                pair = Pair((g, h), (i, j))
+                pair = PairChoice((g, h), (i, j))
                 worth[pair] = max(worth.get(pair, 0.0), float(bound[i, j]) / loss)
     useful = [pair for pair, share in worth.items() if share >= SHARE]
     return sorted(useful, key=lambda pair: (-worth[pair], pair.groups, pair.choices))
 
 
-def block_table(table: DistortionTable, terms: Mapping[Pair, float]) -> BlockTable:
+def block_table(table: DistortionTable, terms: Mapping[PairChoice, float]) -> BlockTable:
     """Groups that share a term as one group; the others as they are."""
     members = _components(len(table.losses), [pair.groups for pair in terms])
     products, losses = [], []
@@ -145,7 +145,7 @@ def block_table(table: DistortionTable, terms: Mapping[Pair, float]) -> BlockTab
     return BlockTable(table, tuple(members), tuple(products), tuple(losses), tables)
 
 
-def _change(table: DistortionTable, pair: Pair) -> dict[str, float]:
+def _change(table: DistortionTable, pair: PairChoice) -> dict[str, float]:
     first, second = (
         table.groups[g].change(at) for g, at in zip(pair.groups, pair.choices, strict=True)
     )
@@ -189,7 +189,7 @@ def _around(i: int, j: int, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]
             yield a, b
 
 
-def _term(table: DistortionTable, pair: Pair, loss: float) -> float:
+def _term(table: DistortionTable, pair: PairChoice, loss: float) -> float:
     single = sum(table.losses[g][at] for g, at in zip(pair.groups, pair.choices, strict=True))
     return float(loss - single) if np.isfinite(loss) else 0.0
 
