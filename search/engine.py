@@ -80,7 +80,8 @@ def run_search(
     asked = Budgets.parse(config.budgets)
     budgets = asked.limits
     require_reachable(prepared, budgets)
-    _require_strategies(config, prepared.space)
+    require_strategies(config)
+    _require_fitting(config, prepared.space)
     if config.finetunes or _training_strategies(config):
         require_training(task, config)
     listener.on_phase("measuring the float model")
@@ -269,19 +270,27 @@ def _open_record(prepared: Prepared, folder: Path, resume: bool) -> Record:
     return Record.create(folder, name=name, metadata=prepared.digests, storage=storage)
 
 
-def _require_strategies(config: RunConfig, space: SearchSpace) -> None:
-    """Refuse strategies and settings that do not fit, before anything is written or measured."""
+def require_strategies(config: RunConfig) -> None:
+    """Refuse strategies and settings that there are not, before a task is loaded.
+
+    Raises:
+        UsageError: names the strategy or setting.
+    """
     settings = _settings_of(config)
     recovery_settings(config)
     for name in {*config.strategies, *settings} - set(NO_STRATEGIES):
         strategy = make_strategy(name, settings.get(name))
-        if name in config.strategies:
-            strategy.check(space)
         if getattr(strategy.settings, "pairs", False) and config.distortion != "exact":
             raise UsageError(
                 f"{name}.pairs=true needs --distortion exact, got {config.distortion}: gradients "
                 f"predict single layers only"
             )
+
+
+def _require_fitting(config: RunConfig, space: SearchSpace) -> None:
+    settings = _settings_of(config)
+    for name in config.strategies:
+        make_strategy(name, settings.get(name)).check(space)
 
 
 def _settings_of(config: RunConfig) -> dict[str, dict[str, str]]:

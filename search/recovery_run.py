@@ -23,6 +23,7 @@ from search.strategies.table import RECOVERY as SETTINGS_OF
 MAX_RECOVERED = {"fast": 48, "full": 12}  # points of the front, evenly by rank
 MAX_REFITS = 3  # candidates recovered for one size because the coded file came out too long
 MOVED = "moved"  # fact beside a recovered trial: sizes at which its widths were moved
+HOPELESS = 0.95  # of the loss of a useless model: nothing is left that could be recovered
 BASELINE_SHARE = 3  # as many baselines as a third of that, each kind
 
 
@@ -182,8 +183,8 @@ def _reallocate(
 def _worth_recovering(plain: Sequence[Evaluation], info: FrontInfo, level: str) -> list[Evaluation]:
     """The best at every size asked for, then a few of each baseline and of the front, evenly.
 
-    Sizes asked for come first: they are what the run is about. Nothing smaller than the least of
-    them is recovered.
+    Sizes asked for come first: they are what the run is about. What knows no more of the input
+    than a useless model is not worth the time.
     """
     front = ParetoFront.of(plain, info)
     n = MAX_RECOVERED[level]
@@ -191,12 +192,12 @@ def _worth_recovering(plain: Sequence[Evaluation], info: FrontInfo, level: str) 
     asked = [front.best(size) for size in info.budgets.sizes if front.points and size >= smallest]
     chosen = {e.trial: e for e in asked}
     n_others = max(0, n - len(chosen))
-    least = min((e.size_bytes for e in asked), default=0)
+    hopeless = HOPELESS * info.scale.worst_loss
     for name in sorted({e.strategy for e in front.baselines}):
-        of_kind = [e for e in front.baselines if e.strategy == name and e.size_bytes >= least]
+        of_kind = [e for e in front.baselines if e.strategy == name and e.loss < hopeless]
         inside = [e for e in of_kind if within(info.budgets.limits, e.costs)]
         chosen |= {e.trial: e for e in thinned(inside, n // BASELINE_SHARE)}
-    left = [e for e in front.points if e.trial not in chosen and e.size_bytes >= least]
+    left = [e for e in front.points if e.trial not in chosen and e.loss < hopeless]
     chosen |= {e.trial: e for e in thinned(left, n_others)}
     return list(chosen.values())
 

@@ -9,7 +9,7 @@ from typing import Any
 from quant_ops.errors import NothingFeasibleError
 from search.budget import Budgets, format_size
 from search.config import RunConfig, read_config
-from search.engine import Finished, require_new_folder, run_search
+from search.engine import Finished, require_new_folder, require_strategies, run_search
 from search.folders import new_folder
 from search.progress import ConsoleListener
 from search.tables import print_front, stdout_console
@@ -48,7 +48,9 @@ def execute(config: RunConfig, out: Path | None, *, resume: bool, as_json: bool)
     """Run, print the front, return the exit code."""
     listener = ConsoleListener(trials=config.trial_limit, time_limit_s=config.time_limit_s)
     with listener:
-        Budgets.parse(config.budgets)  # a slip of the pen must not wait for a task to be trained
+        # a slip of the pen must not wait for a task to be trained
+        Budgets.parse(config.budgets)
+        require_strategies(config)
         if out is not None and not resume:
             require_new_folder(out)
         task = load_task_for(config, listener)
