@@ -288,3 +288,9 @@ def test_an_export_to_a_full_disk_leaves_nothing_half_written(search_call, run_f
     answer = search_call("export", run_folder, "--best", "1kB", "--out", disk / "x.safetensors")
     assert "No space left on device" in complaint(answer, 4)
     assert [p.name for p in disk.iterdir()] == ["filler"]
+
+
+def test_an_unknown_strategy_is_refused_before_the_task_is_loaded(search_call, tmp_path):
+    task = f"{BAD_TASKS}:no_such_function"  # loading it would complain of that
+    answer = search_call("run", "--task", task, "--strategy", "ajpk", "--out", tmp_path / "run")
+    assert "there is no strategy 'ajpk'; choose from auto, uniform" in complaint(answer, 2)

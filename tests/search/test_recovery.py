@@ -8,17 +8,21 @@ import torch
 from torch import nn
 
 import search
+from quant_ops.candidate import Candidate
 from quant_ops.errors import UsageError, VerificationError
 from quant_ops.packed import PackedModel
+from search.budget import Budgets
 from search.cli import main
 from search.config import RunConfig
+from search.dominance import HypervolumeScale
 from search.engine import run_search
+from search.evaluation import Evaluation
 from search.finish import pack_trial, packed_path
-from search.front import ParetoFront
+from search.front import FrontInfo, ParetoFront
 from search.prepare import prepare
 from search.record import Record
 from search.recovery import LEVELS, Recovery, RecoverySettings, judged, recover
-from search.recovery_run import recover_trial, recovery_steps
+from search.recovery_run import _worth_recovering, recover_trial, recovery_steps
 from search.task import Task
 
 
@@ -179,3 +183,23 @@ def test_one_trial_can_be_recovered_later(finished, capsys):
         recover_trial(folder, 999)
     with pytest.raises(UsageError, match="fast, full"):
         recover_trial(folder, 0, "none")
+
+
+def found(trial, size, loss, strategy="local-search"):
+    candidate = Candidate.of({"layer": float(2 + trial % 7)})
+    costs = {"size_bytes": float(size)}
+    return Evaluation(candidate, loss, None, costs, strategy=strategy, trial=trial)
+
+
+def test_a_single_size_gets_its_whole_front_and_both_baselines_recovered():
+    points = [
+        found(0, 1000, 0.01), found(1, 800, 0.1), found(2, 600, 1.0), found(3, 100, 1.99),
+        found(4, 900, 0.2, "uniform"), found(5, 700, 0.3, "rate-distortion"),
+        found(6, 120, 1.98, "uniform"),
+    ]  # fmt: skip
+    scale = HypervolumeScale(100, 4000, 2.0)
+    budgets = Budgets.parse(("1000B",))
+    info = FrontInfo("task", "top-1", True, True, 100, 0.9, 4000, scale, budgets)
+    chosen = [e.trial for e in _worth_recovering(points, info, "full")]
+    assert chosen[0] == 0  # the size asked for comes first
+    assert sorted(chosen) == [0, 1, 2, 4, 5]  # neither of the two that know nothing
