@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from quant_ops.errors import UsageError
 from search.task import Batch, Batches
@@ -19,6 +20,10 @@ class Split:
     """Batches of one split, in order."""
 
     batches: tuple[Batch, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A view is pickled with all of the storage it looks into: every batch with the whole split.
+        return Split, (pytree.tree_map(_without_the_rest, self.batches),)
 
     @property
     def n_samples(self) -> int:
@@ -119,6 +124,12 @@ def load_split(batches: Batches, *, what: str, batch: int | None = EVALUATION_BA
 def channels_last(x: Tensor) -> Tensor:
     """Images in the memory format in which convolutions are fastest; others as they are."""
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _without_the_rest(x: Any) -> Any:
+    if isinstance(x, Tensor) and x.untyped_storage().nbytes() > x.nbytes:
+        return x.clone(memory_format=torch.preserve_format)
+    return x
 
 
 def _is_cuttable(target: Any, n: int) -> bool:

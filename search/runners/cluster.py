@@ -20,7 +20,8 @@ from search.tasks.table import FILE_MODULE
 
 log = logging.getLogger("bitfront.runners")
 
-JOBS_PER_CALL = 4  # an actor call costs about a millisecond; results still come in steadily
+CALL_SECONDS = 5.0  # of a call: results still come in steadily
+MAX_JOBS_PER_CALL = 32
 MAX_LOSSES = 3  # a job that takes this many workers down with it is at fault itself
 START_SECONDS = 300.0
 
@@ -75,6 +76,7 @@ class Cluster(Runner):
         self._actor_class = ray.remote(num_cpus=1, max_restarts=0)(_Worker)
         self._workers = [self._new_worker() for _ in range(n_workers)]
         self._wait_until_ready(self._workers)
+        self._seconds_per_job = CALL_SECONDS  # the first calls hold one job
 
     def _new_worker(self) -> Any:
         return self._actor_class.remote(self._factory, self._threads)
@@ -91,29 +93,39 @@ class Cluster(Runner):
             ) from error
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Evaluation | float]]:
-        waiting = deque(_chunks(range(len(jobs)), JOBS_PER_CALL, self.n_workers))
+        waiting = deque(sorted(range(len(jobs)), key=lambda i: _beginning(jobs[i])))
+        again: deque[list[int]] = deque()
         losses = [0] * len(jobs)
         running: dict[Any, tuple[int, list[int], float]] = {}
         idle = deque(range(self.n_workers))
         try:
-            while waiting or running:
-                while waiting and idle:
-                    slot, chunk = idle.popleft(), waiting.popleft()
+            while waiting or again or running:
+                while (waiting or again) and idle:
+                    slot = idle.popleft()
+                    chunk = again.popleft() if again else self._next_chunk(waiting)
                     call = self._workers[slot].measure.remote([jobs[i] for i in chunk])
                     running[call] = (slot, chunk, time.monotonic())
                 done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
                 for call in done or self._hung(running):
-                    slot, chunk, _ = running.pop(call)
+                    slot, chunk, since = running.pop(call)
                     try:
                         results = ray.get(call, timeout=0 if call not in done else None)
                     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-                        waiting.extendleft([i] for i in self._replace(slot, chunk, losses, error))
+                        again.extendleft([i] for i in self._replace(slot, chunk, losses, error))
                     else:
+                        self._seconds_per_job = max(1e-3, (time.monotonic() - since) / len(chunk))
                         yield from zip(chunk, results, strict=True)
                     idle.append(slot)
         finally:
             for call in running:
                 ray.cancel(call, force=False)
+
+    def _next_chunk(self, waiting: deque[int]) -> list[int]:
+        """Neighbours, which share work; fewer towards the end, so that no worker waits long."""
+        share = -(-len(waiting) // (2 * self.n_workers))
+        in_time = int(CALL_SECONDS / self._seconds_per_job)
+        size = max(1, min(share, in_time, MAX_JOBS_PER_CALL))
+        return [waiting.popleft() for _ in range(min(size, len(waiting)))]
 
     def _hung(self, running: dict[Any, tuple[int, list[int], float]]) -> list[Any]:
         now = time.monotonic()
@@ -177,7 +189,7 @@ def start(address: str | None, n_workers: int) -> None:
         ) from error
 
 
-def _chunks(positions: range, size: int, n_workers: int) -> list[list[int]]:
-    """Small enough chunks that every worker gets one."""
-    size = max(1, min(size, -(-len(positions) // max(n_workers, 1))))
-    return [list(positions[i : i + size]) for i in range(0, len(positions), size)]
+def _beginning(job: Job) -> tuple[Any, ...]:
+    """Sorts jobs such that candidates that begin alike are neighbours."""
+    candidate = job.candidate
+    return job.kind, sorted(candidate.activations), [str(layer) for layer in candidate.layers]
