@@ -19,5 +19,6 @@ def test_a_batch_travels_without_the_rest_of_its_split() -> None:
     assert len(pickle.dumps(split.first(64))) < 0.12 * (images.nbytes + labels.nbytes)
     assert len(read.batches) == 10
     for (inputs, target), (expected, label) in zip(read.batches, split.batches, strict=True):
-        assert torch.equal(inputs[0], expected[0]) and torch.equal(target, label)
+        assert torch.equal(inputs[0], expected[0])
+        assert torch.equal(target, label)
         assert inputs[0].is_contiguous(memory_format=torch.channels_last)
