@@ -1,6 +1,5 @@
 """`search profile`: measure a latency table, and check finished candidates as whole networks."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,7 +141,7 @@ def profile(
     listener.on_phase(f"measuring {sum(map(len, walks))} kernel calls")
 
     def save(table: LatencyTable) -> None:
-        write_text(out, json.dumps(table.to_json(), indent=1) + "\n")
+        write_text(out, table.to_text())
 
     table = measure_table(
         backend,

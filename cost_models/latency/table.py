@@ -240,6 +240,13 @@ class LatencyTable:
             "entries": [_entry_to_json(e) for e in self.entries],
         }
 
+    def to_text(self) -> str:
+        """The same as text, an entry per line."""
+        content = self.to_json()
+        entries = ",\n".join(f"  {json.dumps(e)}" for e in content.pop("entries"))
+        head = json.dumps(content, indent=1).removesuffix("\n}")
+        return f'{head},\n "entries": [\n{entries}\n ]\n}}\n'
+
     @classmethod
     def from_json(cls, value: Any, where: str) -> "LatencyTable":
         """Inverse of `to_json`; `where` names the file in messages.
