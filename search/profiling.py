@@ -194,7 +194,7 @@ def check_run(
     record = Record.open(folder, storage=config.storage)
     for trial, check in checks.items():
         record.add_fact(trial, LATENCY, asdict(check))
-    return checks
+    return dict(sorted(checks.items()))
 
 
 def check_candidates(

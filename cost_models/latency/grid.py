@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import product
 
 from cost_models.latency.lowering import calls_of
@@ -62,9 +61,7 @@ def task_walks(
 
 def _parts(work: Work) -> list[Work]:
     """A convolution without its addition, for candidates that cannot fuse the two."""
-    if work.operator != "conv" or work.attribute("add") == (0,):
-        return []
-    return [replace(work, attributes=(*work.attributes[:-1], (0,)))]
+    return [work.without_addition()] if work.adds else []
 
 
 def _conversions(graph: Graph, kernel_for: KernelFor) -> list[Pair]:

@@ -162,7 +162,7 @@ def network(graph: Graph, calls: Sequence[Call]) -> bytes:
 
 
 def _reads_two(work: Work) -> bool:
-    return work.operator == "add" or (work.operator == "conv" and work.attribute("add") == (1,))
+    return work.operator == "add" or work.adds
 
 
 def _input_shapes(work: Work) -> list[tuple[int, ...]]:
@@ -203,7 +203,7 @@ def _conv(model: _Model, call: Call) -> None:
         "dilations": work.attribute("dilation"),
         "group": groups,
     }
-    adds = work.attribute("add") == (1,)
+    adds = work.adds
     out = f"{call.output}.conv" if adds else call.output
     model.sizes[call.output] = model.sizes[out] = (1, n_out, *work.out_size)
     if call.kernel == "int8":

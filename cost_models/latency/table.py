@@ -157,6 +157,14 @@ class LatencyTable:
         if own is not None:
             return own
         fit = self.fits.get((work.operator, work.attributes, kernel))
+        if fit is None and work.adds:  # a table of convolutions alone leaves additions out
+            return self.time(
+                work.without_addition(),
+                kernel,
+                layer,
+                resident_bytes=resident_bytes,
+                extrapolate=extrapolate,
+            )
         if fit is None:
             raise UsageError(
                 f"latency table {self.name!r} ({self.device['name']}) has no entry of kernel "

@@ -85,6 +85,15 @@ class Work:
         return height, width
 
     @property
+    def adds(self) -> bool:
+        """Whether it is a convolution to whose result another value is added."""
+        return self.operator == "conv" and self.attribute("add") == (1,)
+
+    def without_addition(self) -> "Work":
+        """The convolution alone."""
+        return Work(self.operator, self.dims, (*self.attributes[:-1], (0,)))
+
+    @property
     def n_weights(self) -> int:
         """Weights that the call reads."""
         if self.operator == "linear":
@@ -110,7 +119,7 @@ class Work:
         parts += [f"at {height}x{width}"]
         parts += [f"stride {stride[0]}"] if max(stride) > 1 else []
         parts += ["depthwise" if groups == DEPTHWISE else f"{groups} groups"] if groups != 1 else []
-        parts += ["with addition"] if self.attribute("add") == (1,) else []
+        parts += ["with addition"] if self.adds else []
         return " ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
