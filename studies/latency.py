@@ -48,6 +48,13 @@ def mlp() -> Task:
     return _task("latency-mlp", seeded(make, 0), (784,))
 
 
+def wide() -> Task:
+    """1024 -> 4096 -> 4096 -> 1024: layers whose weights are read from memory at every run."""
+    hidden = [nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU()]
+    model = seeded(lambda: nn.Sequential(*hidden, nn.Linear(4096, 1024)), 0)
+    return _task("latency-wide", model, (1024,))
+
+
 def cnn() -> Task:
     """ResNet-20 for 32x32 images, random weights."""
     return _task("latency-resnet20", seeded(lambda: CifarResNet(20), 0), (3, 32, 32))
