@@ -20,6 +20,7 @@ _optimize: Any = optimize  # scipy carries no types
 
 BLOCK = 16  # channels a vector kernel computes at once
 NEIGHBOURS = 4
+FEWEST_SIZES = 3  # to leave one out
 ALIGNMENT = 4  # of input channels, for kernels that read several at once
 UNALIKE = 100.0  # distance between calls that go to different kernels
 LEAST_RESIDENT = 1e5  # bytes of weights
@@ -52,17 +53,14 @@ class Roofline:
     Attributes:
         works: measured calls.
         times: their times.
-        coefficients: of `features`.
-        error: median and 90th percentile of |predicted / measured - 1| with each measured call
-            size left out in turn; NaN where there are too few.
         resident: bytes of weights of the network that each was measured in.
+        coefficients: of `features`.
     """
 
     works: tuple[Work, ...]
     times: Floats
-    coefficients: Floats
-    error: tuple[float, float]
     resident: Floats
+    coefficients: Floats
 
     @classmethod
     def fit(
@@ -71,23 +69,27 @@ class Roofline:
         """Least squares of the relative error, coefficients not below 0."""
         measured = np.array(times, float)
         resident = np.array(resident_bytes or [0] * len(works), float)
-        unknown = (np.nan, np.nan)
-        whole = cls(tuple(works), measured, _solve(works, measured), unknown, resident)
-        sizes = list(dict.fromkeys(works))
-        if len(sizes) < 3:
-            return whole
+        return cls(tuple(works), measured, resident, _solve(works, measured))
+
+    @cached_property
+    def error(self) -> tuple[float, float]:
+        """Median and 90th percentile of |predicted / measured - 1|, each size left out in turn.
+
+        NaN where there are fewer than three sizes.
+        """
+        sizes = list(dict.fromkeys(self.works))
+        if len(sizes) < FEWEST_SIZES:
+            return float("nan"), float("nan")
         off = []
         for out in sizes:
-            left = np.array([work != out for work in works])
-            rest = tuple(work for work in works if work != out)
-            fitted = _solve(rest, measured[left])
-            partial = cls(rest, measured[left], fitted, unknown, resident[left])
+            left = np.array([work != out for work in self.works])
+            rest = [work for work in self.works if work != out]
+            partial = Roofline.fit(rest, self.times[left].tolist(), self.resident[left].tolist())
             off += [
-                abs(partial.predict(out, float(resident[i])) / measured[i] - 1)
+                abs(partial.predict(out, float(self.resident[i])) / self.times[i] - 1)
                 for i in np.flatnonzero(~left)
             ]
-        error = float(np.median(off)), float(np.quantile(off, 0.9))
-        return cls(whole.works, measured, whole.coefficients, error, resident)
+        return float(np.median(off)), float(np.quantile(off, 0.9))
 
     def predict(self, work: Work, resident_bytes: float = 0) -> float:
         """The time of a call of any size, in a network of so many bytes of weights."""
