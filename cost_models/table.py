@@ -12,6 +12,7 @@ COST_MODELS: dict[str, str] = {
     "bops": "cost_models.bops:BOPs",
     "ebops": "cost_models.ebops:EBOPs",
     "ram_bytes": "cost_models.memory:PeakMemory",
+    "latency_ms": "cost_models.latency.model:Latency",
 }
 
 

@@ -14,13 +14,14 @@ _SIZE_UNITS = {
     "KiB": 2**10, "kiB": 2**10, "MiB": 2**20, "GiB": 2**30,
 }  # fmt: skip
 _COUNT_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_TIME_UNITS = {"": Decimal(1), "us": Decimal("1e-3"), "ms": Decimal(1), "s": Decimal(1000)}
 _NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+) *([A-Za-z]*)")
 _SIZE_FORMS = "4MB (10^6 bytes), 4MiB (2^20 bytes), 105kB, 105KiB, 140000B or 140000"
 
 _BYTE_COSTS = {"size": SIZE, SIZE: SIZE, "ram": "ram_bytes"}
 _COUNT_COSTS = {"bops": "bops", "macs": "macs", "ebops": "ebops"}
+_TIME_COSTS = {"latency": "latency_ms", "latency_ms": "latency_ms"}
 _NEEDS = {
-    "latency": "a latency table (--latency-table), which this version cannot read yet",
     **dict.fromkeys(
         ("lut", "dsp", "ff", "bram"), "an FPGA cost model, which this version does not have yet"
     ),
@@ -61,11 +62,26 @@ def parse_count(text: str) -> int:
     return int(count)
 
 
+def parse_time(text: str) -> float:
+    """Milliseconds; without a unit the number itself, as tables in relative units have it.
+
+    >>> parse_time("2ms"), parse_time("150us"), parse_time("0.01s"), parse_time("4.22")
+    (2.0, 0.15, 10.0, 4.22)
+
+    Raises:
+        BudgetError: not a time, or not above 0.
+    """
+    value = _scaled(text, _TIME_UNITS)
+    if value is None or value <= 0:
+        raise BudgetError(f"{text!r} is not a time; write it as 2ms, 150us, 0.01s or 2 (ms)")
+    return float(value)
+
+
 def parse_budget(text: str) -> tuple[str, float]:
     """Cost name and inclusive limit of one `--budget`.
 
-    >>> parse_budget("4MB"), parse_budget("bops=1G"), parse_budget("ram=256kB")
-    (('size_bytes', 4000000.0), ('bops', 1000000000.0), ('ram_bytes', 256000.0))
+    >>> parse_budget("4MB"), parse_budget("bops=1G"), parse_budget("latency=2ms")
+    (('size_bytes', 4000000.0), ('bops', 1000000000.0), ('latency_ms', 2.0))
 
     Raises:
         BudgetError: an unknown cost, one that is not available yet, or no number.
@@ -78,9 +94,11 @@ def parse_budget(text: str) -> tuple[str, float]:
         return _BYTE_COSTS[key], float(parse_size(value))
     if key in _COUNT_COSTS:
         return _COUNT_COSTS[key], float(parse_count(value))
+    if key in _TIME_COSTS:
+        return _TIME_COSTS[key], parse_time(value)
     if key in _NEEDS:
         raise BudgetError(f"the budget {text!r} needs {_NEEDS[key]}; leave it out")
-    known = ", ".join(["4MB", "ram=256kB", "bops=1G", "macs=20M", "ebops=100k"])
+    known = ", ".join(["4MB", "ram=256kB", "bops=1G", "macs=20M", "ebops=100k", "latency=2ms"])
     raise BudgetError(f"{key!r} in the budget {text!r} is not a cost; budgets look like {known}")
 
 
@@ -151,13 +169,13 @@ def format_cost(name: str, value: float) -> str:
     if name.endswith("_bytes"):
         return format_size(value)
     if name.endswith("_ms"):
-        return f"{value:.4g} ms"
+        return f"{value:.4g} ms" if value >= 0.1 else f"{1e3 * value:.4g} us"
     if name in _COUNT_COSTS.values():
         return f"{format_count(value)}op" if value >= 1e3 else f"{value:.0f} op"
     return f"{value:.4g}"
 
 
-def _scaled(text: str, units: Mapping[str, int]) -> Decimal | None:
+def _scaled(text: str, units: Mapping[str, int] | Mapping[str, Decimal]) -> Decimal | None:
     found = _NUMBER.fullmatch(text.strip())
     if found is None or found[2] not in units:
         return None

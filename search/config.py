@@ -43,6 +43,8 @@ class RunConfig:
     granularity: str = "auto"
     dual: tuple[str, ...] = ()
     target: str = "packed"
+    latency_table: str | None = None
+    extrapolate: bool = False
     scheme: str = "auto"
     range_setter: str = "weighted_mse"
     activation_ranges: str = "auto"

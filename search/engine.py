@@ -10,6 +10,7 @@ import torch
 
 from quant_ops.errors import BudgetError, UsageError
 from search.budget import Budgets, format_cost
+from search.cheapest import cheapest
 from search.coding import SHARE, Coder, code_front, spend
 from search.config import RunConfig, read_config, write_config
 from search.context import Limits, Listener, RunContext
@@ -136,18 +137,18 @@ def require_reachable(prepared: Prepared, budgets: Mapping[str, float]) -> None:
     Raises:
         BudgetError: names the budget and the reachable range.
     """
-    smallest, largest = prepared.space.smallest(), prepared.space.largest()
-    graph = prepared.traced.graph
+    space, graph = prepared.space, prepared.traced.graph
     for name, limit in budgets.items():
         if name not in prepared.costs:
             raise BudgetError(f"there is no cost model {name!r} in this run")
         cost = prepared.costs[name].cost
-        low, high = cost(graph, smallest), cost(graph, largest)
+        low = cost(graph, cheapest(space, lambda c, cost=cost: cost(graph, c), limit))  # type: ignore[misc]
+        high = cost(graph, space.largest())
         if limit < low:
             raise BudgetError(
                 f"no candidate fits {format_cost(name, limit)} of {name}: the reachable range is "
-                f"{format_cost(name, low)} to {format_cost(name, high)}; raise --budget, or allow "
-                f"narrower layers with --bits"
+                f"{format_cost(name, low)} to {format_cost(name, max(low, high))}; raise --budget, "
+                f"or allow narrower layers with --bits"
             )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cost_models.base import CostModel
+from cost_models.latency.model import Latency
 from cost_models.table import cost_model
 from quant_ops.bank import WeightBank
 from quant_ops.calibration import Calibration, calibrate
@@ -28,6 +29,7 @@ from search.config import RunConfig
 from search.data import EVALUATION_BATCH, Split, batch_size, load_split
 from search.dual_layers import dual_layers, with_dual
 from search.evaluator import Evaluator
+from search.latency import latency_model
 from search.quality import QualityLoss, is_kl, metric_loss, quality_function, worst_loss
 from search.space import SearchSpace
 from search.task import Metric, Task
@@ -50,6 +52,7 @@ class EvaluatorSpec:
     activation_ranges: str | None
     correction: str
     moments: Mapping[str, InputMoments] = field(default_factory=dict)
+    latency: Latency | None = None
 
     def __call__(self) -> Evaluator:
         return Evaluator(
@@ -69,7 +72,10 @@ class EvaluatorSpec:
             quality_loss=self.quality_loss,
             by_target=self.by_target,
             metric=self.task_metric,
-            costs={name: cost_model(name) for name in ALWAYS_COSTED},
+            costs={
+                **{name: cost_model(name) for name in ALWAYS_COSTED},
+                **({} if self.latency is None else {self.latency.name: self.latency}),
+            },
         )
 
 
@@ -155,6 +161,7 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         activation_ranges=None if config.activation_ranges == "auto" else config.activation_ranges,
         correction=config.correction,
         moments=moments,
+        latency=latency_model(config),
     )
     return Prepared(task, config, traced, space, spec)
 

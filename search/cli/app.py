@@ -2,7 +2,7 @@
 
 import typer
 
-from search.cli import file_commands, look_commands, run_command
+from search.cli import file_commands, latency_commands, look_commands, run_command
 
 app = typer.Typer(
     name="search",
@@ -14,4 +14,5 @@ app = typer.Typer(
 )
 run_command.register(app)
 look_commands.register(app)
+latency_commands.register(app)
 file_commands.register(app)

@@ -37,6 +37,7 @@ def show(
     _print(read_front(run), as_json=as_json)
     if not as_json:
         _print_prediction(prediction_report(run))
+        _print_latency(run)
     return 0
 
 
@@ -47,7 +48,9 @@ def report(
     as_json: JsonOption = False,
 ) -> int:
     """The front, what recovery gained, how good predictions were; --test reads the test split."""
+    from search.latency_tables import checks_to_dict
     from search.prediction import prediction_report
+    from search.profiling import latency_checks
     from search.recovery_run import recoveries
     from search.recovery_tables import print_recoveries, recovery_to_dict
     from search.report import read_test_split
@@ -59,12 +62,14 @@ def report(
     if as_json:
         recovered = [recovery_to_dict(e, steps) for e, steps in found]
         predicted = None if prediction is None else prediction.to_json()
-        facts = {"recovery": recovered, "prediction": predicted}
+        latency = checks_to_dict(latency_checks(run))
+        facts = {"recovery": recovered, "prediction": predicted, "latency": latency}
         print(json.dumps({**front_to_dict(front), **facts}, indent=1))
     else:
         print_front(front, stdout_console())
         print_recoveries(found, stdout_console())
         _print_prediction(prediction)
+        _print_latency(run)
     return 0
 
 
@@ -141,6 +146,14 @@ def _print_prediction(prediction: "PredictionReport | None") -> None:
 
     for line in () if prediction is None else prediction.lines():
         stdout_console().print(line, style="dim", highlight=False, soft_wrap=True)
+
+
+def _print_latency(run: Path) -> None:
+    from search.latency_tables import print_checks
+    from search.profiling import latency_checks
+    from search.tables import stdout_console
+
+    print_checks(latency_checks(run), stdout_console())
 
 
 def _explain(run: Path, trial: int, *, as_json: bool) -> int:

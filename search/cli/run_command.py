@@ -24,7 +24,12 @@ DataOption = Annotated[
 ]
 BudgetOption = Annotated[
     list[str] | None,
-    typer.Option("--budget", "-b", help="4MB, 105kB, bops=1G, macs=20M, ram=256kB. Repeatable."),
+    typer.Option(
+        "--budget",
+        "-b",
+        help="4MB, 105kB, bops=1G, macs=20M, ram=256kB, latency=2ms (with --latency-table). "
+        "Repeatable.",
+    ),
 ]
 BitsOption = Annotated[
     str, typer.Option("--bits", help="Weight widths to choose from: 0,2,4,8 (1.6 is ternary).")
@@ -115,6 +120,16 @@ CodecOption = Annotated[
         help="plain, or entropy: weights entropy-coded, a fifth of the trials spend freed bytes.",
     ),
 ]
+LatencyTableOption = Annotated[
+    str | None,
+    typer.Option(
+        "--latency-table", help="File of search profile, or a name that search tables lists."
+    ),
+]
+ExtrapolateOption = Annotated[
+    bool,
+    typer.Option("--extrapolate", help="Let latencies of sizes outside the table be guessed."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
@@ -148,6 +163,8 @@ def run(
     granularity: GranularityOption = "auto",
     dual: DualOption = "",
     target: TargetOption = "packed",
+    latency_table: LatencyTableOption = None,
+    extrapolate: ExtrapolateOption = False,
     scheme: SchemeOption = "auto",
     range_setter: RangeOption = "weighted_mse",
     activation_ranges: ActivationRangesOption = "auto",
@@ -195,6 +212,7 @@ def run(
     from quant_ops.ranges import RANGE_SETTERS
     from search.cli.running import execute, resumed_config
     from search.durations import parse_duration
+    from search.latency import table_from_anywhere
     from search.tasks.table import from_anywhere
 
     asked: dict[str, Any] = {
@@ -221,6 +239,8 @@ def run(
         granularity=_one_of(granularity, GRANULARITIES, "--granularity"),
         dual=tuple(name.strip() for name in dual.split(",") if name.strip()),
         target=target,
+        latency_table=table_from_anywhere(latency_table),
+        extrapolate=extrapolate,
         scheme=_one_of(scheme, ("auto", "mid_tread", "mid_rise", "affine"), "--scheme"),
         range_setter=_one_of(range_setter, tuple(RANGE_SETTERS), "--range-setter"),
         activation_ranges=_one_of(
@@ -254,11 +274,14 @@ def inspect(
     granularity: GranularityOption = "auto",
     dual: DualOption = "",
     target: TargetOption = "packed",
+    latency_table: LatencyTableOption = None,
+    extrapolate: ExtrapolateOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """List every layer's fate, ties, reachable budgets and the expected search time."""
     from search.cli.running import load_task_for
     from search.inspection import inspect_task
+    from search.latency import table_from_anywhere
     from search.progress import ConsoleListener
 
     config = RunConfig(
@@ -271,6 +294,8 @@ def inspect(
         granularity=_one_of(granularity, GRANULARITIES, "--granularity"),
         dual=tuple(name.strip() for name in dual.split(",") if name.strip()),
         target=target,
+        latency_table=table_from_anywhere(latency_table),
+        extrapolate=extrapolate,
     )
     with ConsoleListener() as listener:
         report = inspect_task(load_task_for(config, listener), config)

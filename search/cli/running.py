@@ -11,6 +11,7 @@ from search.budget import Budgets, format_size
 from search.config import RunConfig, read_config
 from search.engine import Finished, require_new_folder, require_strategies, run_search
 from search.folders import new_folder
+from search.latency import latency_model, warn_of_other_device
 from search.progress import ConsoleListener
 from search.tables import print_front, stdout_console
 from search.task import Task
@@ -51,8 +52,10 @@ def execute(config: RunConfig, out: Path | None, *, resume: bool, as_json: bool)
         # a slip of the pen must not wait for a task to be trained
         Budgets.parse(config.budgets)
         require_strategies(config)
+        latency_model(config)
         if out is not None and not resume:
             require_new_folder(out)
+        warn_of_other_device(config)
         task = load_task_for(config, listener)
         folder = out if out is not None else new_folder(task.name)
         finished = run_search(task, config, folder, listener=listener, resume=resume)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant_ops.candidate import Candidate
+from search.cheapest import cheapest
 from search.evaluation import within
 from search.strategy import Context
 
@@ -23,7 +24,9 @@ def repair(
     """Narrow randomly drawn genes, one position at a time, until the run's (or these) budgets hold.
 
     The number of steps is found by bisection, since costs fall along the path. If not even the
-    narrowest candidate fits, that one is returned. Costs are computed, nothing is run.
+    narrowest candidate fits, the cheapest by the budget that it misses most takes its place, as a
+    narrow kernel can be a slow one; if that one does not fit either, it is returned. Costs are
+    computed, nothing is run.
     """
     limits = context.budgets if budgets is None else budgets
 
@@ -35,6 +38,8 @@ def repair(
         return genome
     order = generator.permutation(np.repeat(np.arange(len(genome)), genome))
     low, high = 0, len(order)
+    if not fits(_moved(genome, order, -1)):
+        return _toward_cheapest(context, genome, generator, limits)
     while high - low > 1:
         middle = (low + high) // 2
         if fits(_moved(genome, order[:middle], -1)):
@@ -42,6 +47,22 @@ def repair(
         else:
             low = middle
     return _moved(genome, order[:high], -1)
+
+
+def _toward_cheapest(
+    context: Context, genome: Genome, generator: np.random.Generator, limits: Mapping[str, float]
+) -> Genome:
+    """Set genes in random order to those of the cheapest candidate until the budgets hold."""
+    costs = context.cost_of(context.space.smallest())
+    worst = max(limits, key=lambda name: costs[name] / limits[name])
+    best = cheapest(context.space, lambda c: context.cost_of(c)[worst], limits[worst])
+    goal = context.space.encode(best)
+    moved = list(genome)
+    for gene in generator.permutation(len(genome)):
+        moved[int(gene)] = goal[int(gene)]
+        if within(limits, context.cost_of(context.space.decode(moved))):
+            break
+    return tuple(moved)
 
 
 def widen(

@@ -76,7 +76,7 @@ def test_the_place_that_cannot_be_captured_is_in_the_users_file(search_call, tmp
         (["--budget", "-4MB"], "is not a size"),
         (["--budget", "0B"], "less than one byte"),
         (["--budget", "speed=3"], "is not a cost"),
-        (["--budget", "latency=2ms"], "cannot read yet"),
+        (["--budget", "latency=2ms"], "needs --latency-table"),
         (["--budget", "100B"], "the reachable range is"),
         (["--budget", "bops=1"], "the reachable range is"),
         (["--bits", "9"], "--bits 9"),

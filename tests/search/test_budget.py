@@ -52,6 +52,7 @@ def test_a_size_holds_at_least_one_byte(text):
     [
         ("4MB", "size_bytes", 4e6), ("size=4MiB", "size_bytes", 4 * 2**20),
         ("bops=1G", "bops", 1e9),
+        ("latency=2ms", "latency_ms", 2), ("latency=9us", "latency_ms", 9e-3),
         ("macs=20M", "macs", 2e7), ("ram=256kB", "ram_bytes", 256e3), ("BOPS=300", "bops", 300),
     ],
 )  # fmt: skip
@@ -62,7 +63,8 @@ def test_a_budget_names_a_cost_and_its_limit(text, cost, limit):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("latency=2ms", "needs a latency table"), ("lut=20000", "needs an FPGA cost model"),
+        ("latency=2MB", "is not a time"), ("latency=0ms", "is not a time"),
+        ("lut=20000", "needs an FPGA cost model"),
         ("dsp=0", "needs an FPGA cost model"), ("energy=1", "is not a cost; budgets look like 4MB"),
         ("bops=1GB", "not a positive number of operations"), ("bops=0", "not a positive number"),
         ("ram=", "is not a size"), ("=4MB", "is not a cost"),
