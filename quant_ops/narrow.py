@@ -19,7 +19,7 @@ _FURTHER = 3  # shifts that are tried beyond the first that works, for fewer dig
 
 @dataclass(frozen=True, slots=True)
 class NarrowRescale:
-    """code = clamp(((sum of accumulator * multiplier + offset) >> shift) + zero_point): one channel.
+    """One channel: clamp(((sum of accumulator * multiplier + offset) >> shift) + zero_point).
 
     Python integers, so that a code generator may use them as they are.
     """
