@@ -3,11 +3,11 @@
 The adder graphs are da4ml's [Sun2025]: distributed arithmetic with shared subexpressions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from itertools import product
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quant_ops.errors import EnvironmentFault
 from quant_ops.graph import Graph, Ref
-from quant_ops.narrow import NarrowRescale, channel_of, narrowed
+from quant_ops.narrow import channel_of, narrowed
 from quant_ops.operators import implementation
 from quant_ops.program import (
     Average,
@@ -33,16 +33,13 @@ from quant_ops.program import (
 )
 from quant_ops.requantize import WIDE_LIMIT, Codes, Rescale
 from search.exporters.base import Refusal
+from search.exporters.wires import POOL, Wires, clamped_floor, each, is_plain_pool, pooled
 
 if TYPE_CHECKING:
     from da4ml.types import CombLogic
 
-Wires: TypeAlias = NDArray[np.object_]
-"""Symbols of code - zero_point, the batch of one first."""
-
 MAX_PRODUCTS = 400_000  # weights times positions: more would not fit any FPGA
 RELU = ("relu.default", "relu_.default")
-POOL = "max_pool2d.default"
 # These compare values, or take their places from a value.
 COMPARING = ("amax", "amin", "max", "min", "topk", "adaptive_max", "gather.", "index.", "expand_as")
 KNOWN = (Input, Convolution, MatMul, Combine, Multiply, Average, Concatenate, Move)
@@ -95,7 +92,7 @@ def refusals(program: IntegerProgram, graph: Graph) -> list[Refusal]:
         if not known and not (isinstance(step, Call) and step.reason):
             reason = f"has no form in logic ({type(step).__name__.lower()})"
             found.append(Refusal(step.name, reason, "export it to C or ONNX"))
-        if isinstance(step, Move) and step.op.startswith(COMPARING) and not _plain_pool(step):
+        if isinstance(step, Move) and step.op.startswith(COMPARING) and not is_plain_pool(step):
             reason = f"compares values in a way that is not laid out here ({step.op})"
             found.append(Refusal(step.name, reason, "pool whole windows, or export it to C"))
         if isinstance(step, Convolution) and max(step.input_stride) > 1:
@@ -171,7 +168,7 @@ class _Walk:
             rescale, sums = self._sums[number]
             return Port(codes, sums[0].shape[1:], rescale), np.stack(sums)
         zero_point = codes.zero_point
-        wires = _each(lambda v: v + zero_point if zero_point else v, self.values[number])
+        wires = each(lambda v: v + zero_point if zero_point else v, self.values[number])
         return Port(codes, wires.shape[1:]), wires
 
     def _input(self, step: Input) -> Wires:
@@ -180,7 +177,7 @@ class _Walk:
         low, high = (np.full(shape, float(limit)) for limit in (codes.low, codes.high))
         ports = self._array.from_lhs(low, high, np.ones(shape), self._hardware)._vars
         self.inputs.append((Port(codes, shape[1:]), ports))
-        return _each(lambda v: v - codes.zero_point if codes.zero_point else v, ports)
+        return each(lambda v: v - codes.zero_point if codes.zero_point else v, ports)
 
     def _convolution(self, step: Convolution) -> Wires:
         (x,) = self._sources(step)
@@ -239,9 +236,9 @@ class _Walk:
         if step.op == "getitem":
             return source[step.args[1]]
         if step.op in RELU:
-            return _each(lambda v: v.max_of(0), source)
+            return each(lambda v: v.max_of(0), source)
         if step.op == POOL:
-            return _pooled(step, source)
+            return pooled(step, source)
         places = torch.arange(1, source.size + 1, dtype=torch.float64).reshape(source.shape)
         moved = implementation(step.op)(places, *(self._plain(a) for a in step.args[1:]))
         wires = np.append(source.reshape(-1), self._constant(0))
@@ -301,84 +298,9 @@ class _Walk:
             reaches = [(int(min(v.low for v in w)), int(max(v.high for v in w))) for w in wires]
             narrow = narrowed(channel_of(rescale, channel), *reaches)
             laid = np.empty(int(mine.sum()), object)
-            laid[:] = [_clamped_floor(narrow, found) for found in zip(*wires, strict=True)]
+            laid[:] = [clamped_floor(narrow, found) for found in zip(*wires, strict=True)]
             result[mine] = laid
         return result
-
-
-def _clamped_floor(rescale: NarrowRescale, wires: Sequence[Any]) -> Any:
-    """clamp(floor((sum + offset) / 2^shift)), zero point taken off."""
-    unit = 2.0**-rescale.shift
-    pairs = zip(wires, rescale.multipliers, strict=True)
-    products = [_multiple(w, m, unit) for w, m in pairs if m]
-    value = reduce(lambda a, b: a + b, products, rescale.offset * unit)
-    if isinstance(value, float):  # nothing is left but the constant
-        return wires[0].from_const(float(rescale(*[np.int64(0)] * len(wires))), wires[0].hwconf)
-    reach = max(-value.low, value.high + 1, 1)
-    floored = value.quantize(1, int(reach).bit_length(), 0, "WRAP", "TRN")
-    low, high = rescale.low - rescale.zero_point, rescale.high - rescale.zero_point
-    return floored.max_of(low).min_of(high)
-
-
-def _multiple(wire: Any, multiplier: int, unit: float) -> Any:
-    """wire * multiplier * unit from signed digits, the highest first.
-
-    da4ml keeps a symbol's place value, that of the first term of a sum, for good; with the lowest
-    digit first it would drift by the whole shift at every layer, and out of what constants hold.
-    """
-    terms = [wire * (sign * 2.0**place * unit) for place, sign in _signed_digits(multiplier)]
-    while len(terms) > 1:
-        pairs = [terms[i : i + 2] for i in range(0, len(terms), 2)]
-        terms = [reduce(lambda a, b: a + b, pair) for pair in pairs]
-    return terms[0]
-
-
-def _signed_digits(value: int) -> list[tuple[int, int]]:
-    """(place, sign) of the canonical signed-digit form, highest place first."""
-    digits, rest, place = [], abs(value), 0
-    while rest:
-        if rest % 2:
-            sign = 2 - rest % 4
-            digits.append((place, sign if value > 0 else -sign))
-            rest -= sign
-        rest //= 2
-        place += 1
-    return digits[::-1]
-
-
-def _pooled(step: Move, source: Wires) -> Wires:
-    kernel, stride = _pair(step.args[1]), _pair(step.args[2] if len(step.args) > 2 else ())
-    stride = stride or kernel
-    shape = [(n - k) // s + 1 for n, k, s in zip(source.shape[2:], kernel, stride, strict=True)]
-    rows, columns = (
-        [slice(p * s, p * s + k) for p in range(n)]
-        for n, s, k in zip(shape, stride, kernel, strict=True)
-    )
-    out = np.empty((1, source.shape[1], *shape), object)
-    for (i, row), (j, column) in product(enumerate(rows), enumerate(columns)):
-        window = source[0, :, row, column].reshape(source.shape[1], -1)
-        out[0, :, i, j] = [reduce(lambda a, b: a.max_of(b), wires) for wires in window]
-    return out
-
-
-def _plain_pool(step: Move) -> bool:
-    padding = _pair(step.args[3]) if len(step.args) > 3 else (0, 0)
-    dilation = _pair(step.args[4]) if len(step.args) > 4 else (1, 1)
-    ceil = step.args[5] if len(step.args) > 5 else False
-    whole = max(padding, default=0) == 0 and max(dilation, default=1) == 1 and not ceil
-    return step.op == POOL and whole
-
-
-def _pair(arg: Any) -> tuple[int, ...]:
-    if isinstance(arg, int):
-        return arg, arg
-    return tuple(arg) * 2 if len(arg) == 1 else tuple(arg)
-
-
-def _each(function: Callable[[Any], Any], wires: Wires) -> Wires:
-    out = np.empty(wires.shape, object)
-    out.reshape(-1)[:] = [function(v) for v in wires.reshape(-1)]
-    return out
 
 
 def _known(codes: Codes | None) -> Codes:
