@@ -34,7 +34,7 @@ class NarrowRescale:
     def __call__(self, *accumulators: Integers) -> Integers:
         """Codes of integer arrays."""
         pairs = zip(self.multipliers, accumulators, strict=True)
-        total = sum((m * a for m, a in pairs), np.int64(self.offset))
+        total: Integers = sum((m * a for m, a in pairs), np.array(self.offset, np.int64))
         codes: Integers = np.clip((total >> self.shift) + self.zero_point, self.low, self.high)
         return codes
 

@@ -200,8 +200,9 @@ class _Walk:
                         position, step.stride, step.dilation, step.weights.shape[2:], strict=True
                     )
                 )
-                taps = padded[(0, slice(group * channels, (group + 1) * channels), *window)]
-                out[(0, rows, *position)] = self._products(weights, taps.reshape(-1))
+                source = padded[0, group * channels : (group + 1) * channels]
+                taps = source[(slice(None), *window)]
+                out[0, rows][(slice(None), *position)] = self._products(weights, taps.reshape(-1))
         return self._rescaled(step.rescale, step.out, out)
 
     def _matmul(self, step: MatMul) -> Wires:

@@ -30,7 +30,8 @@ def clamped_floor(rescale: NarrowRescale, wires: Sequence[Any]) -> Any:
     products = [_multiple(w, m, unit) for w, m in pairs if m]
     value = reduce(lambda a, b: a + b, products, rescale.offset * unit)
     if isinstance(value, float):  # nothing is left but the constant
-        return wires[0].from_const(float(rescale(*[np.int64(0)] * len(wires))), wires[0].hwconf)
+        nothing = [np.zeros((), np.int64)] * len(wires)
+        return wires[0].from_const(float(rescale(*nothing)), wires[0].hwconf)
     reach = max(-value.low, value.high + 1, 1)
     floored = value.quantize(1, int(reach).bit_length(), 0, "WRAP", "TRN")
     low, high = rescale.low - rescale.zero_point, rescale.high - rescale.zero_point
