@@ -202,7 +202,8 @@ class _Walk:
                 )
                 source = padded[0, group * channels : (group + 1) * channels]
                 taps = source[(slice(None), *window)]
-                out[0, rows][(slice(None), *position)] = self._products(weights, taps.reshape(-1))
+                place: tuple[Any, ...] = (slice(None), *position)
+                out[0, rows][place] = self._products(weights, taps.reshape(-1))
         return self._rescaled(step.rescale, step.out, out)
 
     def _matmul(self, step: MatMul) -> Wires:
