@@ -1,46 +1,29 @@
 """`search export`: one point of a run as an artefact of its own."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.utils import _pytree as pytree
+
 from quant_ops.coded import CODECS
 from quant_ops.errors import UsageError
+from quant_ops.executor import Executor
 from quant_ops.packed import PackedModel
-from search.budget import format_size
 from search.config import RunConfig, read_config
 from search.evaluation import Evaluation
-from search.finish import pack_trial
+from search.exporters.activations import ADDED_BITS, with_activations
+from search.exporters.base import Companions, Exporter, Report, Runner
+from search.exporters.delivery import deliver
+from search.exporters.manifest import NAME as MANIFEST
+from search.exporters.table import find_exporter
+from search.exporters.timing import times_beside_float
+from search.finish import measure_packed, pack_trial
+from search.judge import Measurement
 from search.prepare import Prepared, prepare
 from search.record import Record
 from search.show import read_front
-from search.vectors import make_vectors, vectors_path
-
-FORMATS = ("packed",)
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written."""
-
-    path: Path
-    trial: int
-    facts: Mapping[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON value."""
-        return {"file": str(self.path), "trial": self.trial, **self.facts}
-
-    def to_text(self) -> str:
-        """A few lines, the last one how to load the file."""
-        lines = [f"{self.path}: trial {self.trial}, {format_size(int(self.facts['size_bytes']))}"]
-        if self.facts["codec"] != CODECS[0]:
-            lines.append(f"  codec: {self.facts['codec']} (format version 2)")
-        lines.append(f"  test vectors: {self.facts['vectors']}")
-        lines.append("  load it: from quant_ops.packed import PackedModel")
-        lines.append(f"           outputs = PackedModel.load({str(self.path)!r})(inputs)")
-        return "\n".join(lines)
+from search.vectors import make_vectors
 
 
 def export_trial(
@@ -51,49 +34,115 @@ def export_trial(
     best: str | None = None,
     to: str = "packed",
     codec: str | None = None,
+    strict: bool = False,
     force: bool = False,
     data: str | None = None,
-) -> ExportReport:
+) -> Report:
     """Write trial `trial`, or the best point of at most `best` bytes, to `out`.
 
-    The packed file written at the end of the run is copied; a trial that was not packed yet
+    The packed file written at the end of the run is taken; a trial that was not packed yet
     (the run was killed, or it is not on the front) is quantized again from the task.
 
-    With `codec` "plain" or "entropy" the same weights are packed that way.
+    Where the target computes in integers and only the weights were quantized, activations are
+    calibrated to 8 bits; with `strict` that is refused. With `codec` "plain" or "entropy" the same
+    weights are packed that way (target packed only).
 
     Raises:
-        UsageError: no such trial, format or codec, or `out` exists.
+        UsageError: no such trial, target or codec, `out` exists, or the target cannot express it.
     """
-    if to not in FORMATS:
-        raise UsageError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}")
+    exporter = find_exporter(to)
     if codec not in (None, *CODECS):
         raise UsageError(f"--codec must be one of {', '.join(CODECS)}, got {codec!r}")
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists already; choose another --out or add --force")
-    if out.is_dir():
-        raise UsageError(f"--out must name a file, {out} is a folder")
+    if codec is not None and to != "packed":
+        raise UsageError(f"--codec is for packed files, --to {to} stores weights in its own way")
+    _require_free(exporter, out, force)
     config, _ = read_config(run)
     evaluation = choose_trial(run, trial=trial, best=best, storage=config.storage)
     prepared = _prepare(config, data)
     packed = pack_trial(prepared, evaluation, run)
     if codec is not None:
         packed = PackedModel.from_model(packed.model, codec)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    packed.save(out)
-    written = PackedModel.load(out)
+    notes: dict[str, Any] = {}
+    if exporter.needs_integers and not packed.model.candidate.activations:
+        packed = _calibrated(prepared, packed, evaluation, strict, to, notes)
     inputs, _ = prepared.spec.splits["validation"].batches[0]
-    vectors = make_vectors(written, inputs)
-    vectors.save(vectors_path(out))
-    return ExportReport(
-        out,
-        evaluation.trial,
-        {
-            "size_bytes": written.size_bytes,
-            "digest": packed.digest,
-            "codec": packed.codec,
-            "vectors": f"{vectors.inputs[0].shape[0]} in {vectors_path(out).name}",
-        },
+    companions = Companions(
+        make_vectors(packed, inputs),
+        tuple(prepared.task.class_names),
+        prepared.task.preprocessing,
+        {"task": prepared.task.name, "trial": evaluation.trial},
     )
+    report = deliver(exporter, packed, out, companions, _measuring(prepared, exporter, packed))
+    return report.with_facts({"trial": evaluation.trial, **notes})
+
+
+def _require_free(exporter: Exporter, out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists already; choose another --out or add --force")
+    if out.exists() and exporter.is_file == out.is_dir():
+        wanted, found = ("file", "folder") if exporter.is_file else ("folder", "file")
+        raise UsageError(f"--out must name a {wanted}, {out} is a {found}")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise UsageError(f"{out} holds something else than an export; choose another --out")
+
+
+def _calibrated(
+    prepared: Prepared,
+    packed: PackedModel,
+    evaluation: Evaluation,
+    strict: bool,
+    to: str,
+    notes: dict[str, Any],
+) -> PackedModel:
+    """The same weights with activations of 8 bits; what that costs goes to `notes`."""
+    if strict:
+        raise UsageError(
+            f"target {to!r} computes in integers, and trial {evaluation.trial} has float "
+            f"activations; search with --activation-bits 8, or export without --strict"
+        )
+    before = measure_packed(prepared, packed, "validation")
+    packed = with_activations(
+        packed, prepared.spec.splits["calibration"], prepared.spec.activation_ranges
+    )
+    after = measure_packed(prepared, packed, "validation")
+    metric = prepared.task.metric
+    notes["activations"] = (
+        f"calibrated to {ADDED_BITS} bits for this target: {metric.name} "
+        f"{metric.format(before.metric)} before, {metric.format(after.metric)} after; loss "
+        f"{before.loss:.4g}, {after.loss:.4g}"
+    )
+    return packed
+
+
+def _measuring(
+    prepared: Prepared, exporter: Exporter, packed: PackedModel
+) -> Callable[[Runner], Mapping[str, Any]]:
+    """Quality on the whole validation split and time beside float32, of the running artefact."""
+
+    def measure(runner: Runner) -> Mapping[str, Any]:
+        measured = measure_runner(prepared, runner)
+        metric = prepared.task.metric
+        inputs, _ = prepared.spec.splits["validation"].batches[0]
+        executor = Executor(prepared.traced.graph)
+        in_torch = lambda x: executor(prepared.traced.params, tuple(x))  # noqa: E731
+        name, baseline = exporter.float_runner(packed) or ("float32 in torch", in_torch)
+        return {
+            "metric": f"{metric.name} {metric.format(measured.metric)} on validation",
+            "quality_loss": measured.loss,
+            **times_beside_float(runner, baseline, name, inputs),
+        }
+
+    return measure
+
+
+def measure_runner(prepared: Prepared, runner: Runner) -> Measurement:
+    """Quality of a running artefact on the whole validation split."""
+    spec = prepared.traced.out_spec
+
+    def run(inputs: Any) -> Any:
+        return pytree.tree_unflatten(list(runner(inputs)), spec)
+
+    return prepared.evaluator.judge("validation").measure(run)
 
 
 def choose_trial(

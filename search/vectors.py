@@ -5,7 +5,7 @@ as the search said.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +28,21 @@ TINY = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
-    """Inputs of up to `N_VECTORS` samples and the flat outputs of the packed model."""
+    """Inputs of up to `N_VECTORS` samples and the flat outputs of the packed model.
+
+    `own` are the outputs of a target that has a rounding of its own, empty for the others.
+    """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     digest: str
+    own: tuple[Tensor, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write to `path`."""
         tensors = {f"input.{i}": x.contiguous() for i, x in enumerate(self.inputs)}
         tensors |= {f"output.{i}": x.contiguous() for i, x in enumerate(self.outputs)}
+        tensors |= {f"own.{i}": x.contiguous() for i, x in enumerate(self.own)}
         metadata = {"format": "bitfront-vectors", "digest": self.digest}
         write_bytes(path, save(tensors, metadata))
 
@@ -52,11 +57,15 @@ class Vectors:
             tensors = load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise VerificationError(f"{path} holds no test vectors: {error}") from error
-        inputs = tuple(tensors[k] for k in sorted(tensors) if k.startswith("input."))
-        outputs = tuple(tensors[k] for k in sorted(tensors) if k.startswith("output."))
-        if not inputs or not outputs:
+        inputs, outputs, own = (_numbered(tensors, kind) for kind in ("input", "output", "own"))
+        if not inputs or not outputs or len(own) not in (0, len(outputs)):
             raise VerificationError(f"{path} holds no test vectors")
-        return cls(inputs, outputs, digest)
+        return cls(inputs, outputs, digest, own)
+
+
+def _numbered(tensors: Mapping[str, Tensor], kind: str) -> tuple[Tensor, ...]:
+    keys = [key for key in tensors if key.startswith(f"{kind}.")]
+    return tuple(tensors[key] for key in sorted(keys, key=lambda key: (len(key), key)))
 
 
 def vectors_path(packed: Path) -> Path:
@@ -67,7 +76,7 @@ def vectors_path(packed: Path) -> Path:
 def make_vectors(packed: PackedModel, inputs: Sequence[Tensor]) -> Vectors:
     """Run the packed model on the first samples of `inputs`."""
     first = tuple(x[:N_VECTORS] for x in inputs)
-    return Vectors(first, tuple(_run(packed, first)), packed.digest)
+    return Vectors(first, tuple(run_packed(packed, first)), packed.digest)
 
 
 def largest_difference(packed: PackedModel, vectors: Vectors) -> float:
@@ -78,7 +87,7 @@ def largest_difference(packed: PackedModel, vectors: Vectors) -> float:
     Raises:
         VerificationError: the model cannot take the inputs, or has other outputs.
     """
-    outputs = _run(packed, vectors.inputs)
+    outputs = run_packed(packed, vectors.inputs)
     if len(outputs) != len(vectors.outputs):
         raise VerificationError(
             f"the file has {len(outputs)} outputs, its test vectors have {len(vectors.outputs)}"
@@ -96,7 +105,8 @@ def largest_difference(packed: PackedModel, vectors: Vectors) -> float:
     return worst
 
 
-def _run(packed: PackedModel, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+def run_packed(packed: PackedModel, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Flat outputs of the referee (`search.finish.runner_of`)."""
     with torch.inference_mode():
         leaves, _ = pytree.tree_flatten(runner_of(packed)(inputs))
     return [leaf.clone() for leaf in leaves]

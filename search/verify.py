@@ -1,4 +1,4 @@
-"""`search verify`: is a packed file what it claims to be?"""
+"""`search verify`: is a packed file, or an exported folder, what it claims to be?"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,11 @@ from quant_ops.removal import canonical_columns, plan_removal
 from quant_ops.slots import Ids
 from search.budget import format_size
 from search.config import RunConfig, read_config
+from search.exporters.delivery import compare
+from search.exporters.manifest import VECTORS, read_manifest
+from search.exporters.table import find_exporter
 from search.finish import measure_packed
+from search.judge import Measurement
 from search.prepare import Prepared, prepare
 from search.vectors import TOLERANCE, Vectors, largest_difference, vectors_path
 
@@ -50,7 +54,7 @@ def verify_file(
     """Check integrity, then the test vectors beside the file, then (with a task) the metric.
 
     Args:
-        path: a packed file.
+        path: a packed file, or a folder that `search export` wrote.
         task: name of the task it was made from; its metric is measured.
         run: folder of the run it was made in; codes, scales and biases are compared one by one.
         data: folder of the data sets.
@@ -58,6 +62,8 @@ def verify_file(
     Raises:
         VerificationError: the file is damaged, or computes something else than it should.
     """
+    if path.is_dir():
+        return VerifyReport(path, _verify_folder(path, task, run, data))
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
     packed = PackedModel.load(path)
@@ -73,6 +79,32 @@ def verify_file(
     if task is not None:
         facts.update(_measure_on_task(packed, task, run, data))
     return VerifyReport(path, facts)
+
+
+def _verify_folder(
+    path: Path, task: str | None, run: Path | None, data: str | None
+) -> dict[str, Any]:
+    """Files against their digests, the artefact against its test vectors and the task."""
+    manifest = read_manifest(path)
+    exporter = find_exporter(manifest.target)
+    runner = exporter.open(path)
+    vectors = Vectors.load(path / VECTORS, manifest.digest)
+    difference = compare(exporter, runner, vectors, path)
+    facts: dict[str, Any] = {
+        "target": manifest.target,
+        "files": ", ".join(f"{name} {format_size(n)}" for name, n in manifest.files.items()),
+        "digest": manifest.digest,
+        "test_vectors": f"{vectors.inputs[0].shape[0]} run, largest relative difference from the "
+        f"reference {difference:.2g}",
+        "exactness": exporter.exactness,
+    }
+    if task is not None:
+        from search.export import measure_runner
+
+        prepared = _prepared(task, run, data)
+        measured = measure_runner(prepared, runner)
+        facts |= _quality(prepared, measured)
+    return facts
 
 
 def _check_vectors(path: Path, packed: PackedModel) -> str:
@@ -104,11 +136,7 @@ def _measure_on_task(
     prepared = _prepared(task, run, data)
     _require_same_structure(packed, prepared)
     measured = measure_packed(prepared, packed, "validation")
-    metric = prepared.task.metric
-    facts: dict[str, Any] = {
-        "quality_loss": measured.loss,
-        "metric": f"{metric.name} {metric.format(measured.metric)} on validation",
-    }
+    facts = _quality(prepared, measured)
     narrow = _narrow_margins(prepared)
     if narrow is not None:
         facts["narrow_margins"] = (
@@ -116,6 +144,14 @@ def _measure_on_task(
             f" may fall either way on another machine"
         )
     return facts
+
+
+def _quality(prepared: Prepared, measured: Measurement) -> dict[str, Any]:
+    metric = prepared.task.metric
+    return {
+        "quality_loss": measured.loss,
+        "metric": f"{metric.name} {metric.format(measured.metric)} on validation",
+    }
 
 
 def _narrow_margins(prepared: Prepared) -> int | None:

@@ -1,4 +1,4 @@
-"""`search export` and `search verify`: packed files in and out."""
+"""`search export` and `search verify`: artefacts out, and checked."""
 
 import json
 from pathlib import Path
@@ -17,30 +17,36 @@ def register(app: typer.Typer) -> None:
 
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File (packed) or folder.")],
     trial: Annotated[int | None, typer.Option(help="Trial number, as `search show` lists.")] = None,
     best: Annotated[str | None, typer.Option(help="Best point at or under a size: 2MB.")] = None,
-    to: Annotated[str, typer.Option("--to", help="Format: packed.")] = "packed",
+    to: Annotated[
+        str, typer.Option("--to", help="Deployment target; `search targets` lists them.")
+    ] = "packed",
     codec: Annotated[
         str | None,
         typer.Option("--codec", help="Pack anew: plain, or entropy (entropy-coded weights)."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse a point whose activations would be calibrated anew."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing export.")] = False,
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Write one point of a run's front as a file that runs on its own."""
+    """Write one point of a run's front as an artefact that runs on its own, and prove it."""
     from search.export import export_trial
 
     report = export_trial(
-        run, out, trial=trial, best=best, to=to, codec=codec, force=force, data=data
+        run, out, trial=trial, best=best, to=to, codec=codec, strict=strict, force=force, data=data
     )
     print(json.dumps(report.to_json(), indent=1) if as_json else report.to_text())
     return 0
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(help="A packed file.")],
+    file: Annotated[Path, typer.Argument(help="A packed file or an exported folder.")],
     task: Annotated[
         str | None, typer.Option("--task", "-t", help="Also compare with this task's model.")
     ] = None,
@@ -50,7 +56,7 @@ def verify(
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Check a packed file: integrity, its test vectors, and on request the task's metric."""
+    """Check an artefact: integrity, its test vectors, and on request the task's metric."""
     from search.verify import verify_file
 
     report = verify_file(file, task=task, run=run, data=data)

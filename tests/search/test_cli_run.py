@@ -179,7 +179,7 @@ def test_export_of_a_trial_off_the_front_quantizes_it_again(copy, search_call, t
         (["--trial", "9999"], 2, "holds no finished trial 9999"),
         ([], 2, "either --trial NUMBER or --best SIZE"),
         (["--trial", "1", "--best", "2kB"], 2, "either --trial NUMBER or --best SIZE"),
-        (["--trial", "1", "--to", "onnx"], 2, "--to must be one of packed"),
+        (["--trial", "1", "--to", "gif"], 2, "--to must be one of packed"),
     ],
 )
 def test_export_of_what_is_not_there(folder, search_call, tmp_path, arguments, code, message):
