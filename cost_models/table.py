@@ -12,7 +12,14 @@ COST_MODELS: dict[str, str] = {
     "bops": "cost_models.bops:BOPs",
     "ebops": "cost_models.ebops:EBOPs",
     "ram_bytes": "cost_models.memory:PeakMemory",
+    "lut": "cost_models.fpga.costs:LUT",
+    "ff": "cost_models.fpga.costs:FF",
+    "dsp": "cost_models.fpga.costs:DSP",
+    "bram": "cost_models.fpga.costs:BRAM",
+    "cycles": "cost_models.fpga.costs:Cycles",
 }
+
+FPGA_COSTS = ("lut", "ff", "dsp", "bram", "cycles")
 
 
 @cache

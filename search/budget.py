@@ -19,11 +19,9 @@ _SIZE_FORMS = "4MB (10^6 bytes), 4MiB (2^20 bytes), 105kB, 105KiB, 140000B or 14
 
 _BYTE_COSTS = {"size": SIZE, SIZE: SIZE, "ram": "ram_bytes"}
 _COUNT_COSTS = {"bops": "bops", "macs": "macs", "ebops": "ebops"}
+_FPGA_UNITS = {"lut": "LUT", "ff": "FF", "dsp": "DSP", "bram": "BRAM", "cycles": "cycles"}
 _NEEDS = {
     "latency": "a latency table (--latency-table), which this version cannot read yet",
-    **dict.fromkeys(
-        ("lut", "dsp", "ff", "bram"), "an FPGA cost model, which this version does not have yet"
-    ),
 }
 
 
@@ -78,9 +76,11 @@ def parse_budget(text: str) -> tuple[str, float]:
         return _BYTE_COSTS[key], float(parse_size(value))
     if key in _COUNT_COSTS:
         return _COUNT_COSTS[key], float(parse_count(value))
+    if key in _FPGA_UNITS:
+        return key, 0.0 if value.strip() == "0" else float(parse_count(value))
     if key in _NEEDS:
         raise BudgetError(f"the budget {text!r} needs {_NEEDS[key]}; leave it out")
-    known = ", ".join(["4MB", "ram=256kB", "bops=1G", "macs=20M", "ebops=100k"])
+    known = ", ".join(["4MB", "ram=256kB", "bops=1G", "macs=20M", "ebops=100k", "lut=20k"])
     raise BudgetError(f"{key!r} in the budget {text!r} is not a cost; budgets look like {known}")
 
 
@@ -154,6 +154,8 @@ def format_cost(name: str, value: float) -> str:
         return f"{value:.4g} ms"
     if name in _COUNT_COSTS.values():
         return f"{format_count(value)}op" if value >= 1e3 else f"{value:.0f} op"
+    if name in _FPGA_UNITS:
+        return f"{value:,.0f} {_FPGA_UNITS[name]}"
     return f"{value:.4g}"
 
 

@@ -43,6 +43,7 @@ class RunConfig:
     granularity: str = "auto"
     dual: tuple[str, ...] = ()
     target: str = "packed"
+    fpga: str | None = None
     scheme: str = "auto"
     range_setter: str = "weighted_mse"
     activation_ranges: str = "auto"

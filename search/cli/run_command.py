@@ -24,7 +24,9 @@ DataOption = Annotated[
 ]
 BudgetOption = Annotated[
     list[str] | None,
-    typer.Option("--budget", "-b", help="4MB, 105kB, bops=1G, macs=20M, ram=256kB. Repeatable."),
+    typer.Option(
+        "--budget", "-b", help="4MB, 105kB, bops=1G, macs=20M, ram=256kB, lut=20k. Repeatable."
+    ),
 ]
 BitsOption = Annotated[
     str, typer.Option("--bits", help="Weight widths to choose from: 0,2,4,8 (1.6 is ternary).")
@@ -54,6 +56,12 @@ DualOption = Annotated[
 ]
 TargetOption = Annotated[
     str, typer.Option("--target", help="Deployment target; see `search targets`.")
+]
+FpgaOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fpga", help="Family for lut=, ff=, dsp=, bram=, cycles= budgets: xc7 (default), xcup."
+    ),
 ]
 SchemeOption = Annotated[
     str, typer.Option("--scheme", help="auto, mid_tread, mid_rise or affine weight levels.")
@@ -148,6 +156,7 @@ def run(
     granularity: GranularityOption = "auto",
     dual: DualOption = "",
     target: TargetOption = "packed",
+    fpga: FpgaOption = None,
     scheme: SchemeOption = "auto",
     range_setter: RangeOption = "weighted_mse",
     activation_ranges: ActivationRangesOption = "auto",
@@ -221,6 +230,7 @@ def run(
         granularity=_one_of(granularity, GRANULARITIES, "--granularity"),
         dual=tuple(name.strip() for name in dual.split(",") if name.strip()),
         target=target,
+        fpga=fpga,
         scheme=_one_of(scheme, ("auto", "mid_tread", "mid_rise", "affine"), "--scheme"),
         range_setter=_one_of(range_setter, tuple(RANGE_SETTERS), "--range-setter"),
         activation_ranges=_one_of(
@@ -254,6 +264,7 @@ def inspect(
     granularity: GranularityOption = "auto",
     dual: DualOption = "",
     target: TargetOption = "packed",
+    fpga: FpgaOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """List every layer's fate, ties, reachable budgets and the expected search time."""
@@ -271,6 +282,7 @@ def inspect(
         granularity=_one_of(granularity, GRANULARITIES, "--granularity"),
         dual=tuple(name.strip() for name in dual.split(",") if name.strip()),
         target=target,
+        fpga=fpga,
     )
     with ConsoleListener() as listener:
         report = inspect_task(load_task_for(config, listener), config)

@@ -1,0 +1,151 @@
+"""A layer as a circuit: a constant matrix, then a rescaling of every output."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, reduce
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.fpga.adders import ADDERS_PER_STAGE, AdderGraph, bits_between
+from cost_models.fpga.rescaling import Fixed
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the fitted models know of a circuit; additive over the parts of a network.
+
+    Attributes:
+        adder_bits: of the constant matrix, shared subexpressions counted once.
+        adders: how many those are.
+        rescale_bits: adder bits of multipliers and offsets.
+        clamp_bits: code bits that a clamp decides.
+        excess_bits: bits above the code that a clamp looks at.
+        register_bits: of the pipeline.
+        depth: adders on the longest way.
+    """
+
+    adder_bits: float = 0.0
+    adders: float = 0.0
+    rescale_bits: float = 0.0
+    clamp_bits: float = 0.0
+    excess_bits: float = 0.0
+    register_bits: float = 0.0
+    depth: int = 0
+
+    def times(self, n: int) -> "Features":
+        """The same circuit `n` times, side by side."""
+        return replace(self, **{name: n * getattr(self, name) for name in SUMS})
+
+    def then(self, other: "Features") -> "Features":
+        """Both, one after the other."""
+        return self._with(other, self.depth + other.depth)
+
+    def beside(self, other: "Features") -> "Features":
+        """Both, at the same time."""
+        return self._with(other, max(self.depth, other.depth))
+
+    def _with(self, other: "Features", depth: int) -> "Features":
+        sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
+        return Features(**sums, depth=depth)
+
+
+SUMS = tuple(field.name for field in fields(Features) if field.name != "depth")
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """The outputs of one position: weights @ codes, rescaled unless they leave the network.
+
+    Attributes:
+        weights: (outputs, inputs) integers.
+        low, high: smallest and largest code of an input.
+        rescales: one per output, empty where the accumulators themselves leave.
+    """
+
+    weights: Ints
+    low: int
+    high: int
+    rescales: tuple[Fixed, ...] = ()
+
+    @cached_property
+    def graph(self) -> AdderGraph:
+        """The adders of the matrix."""
+        return AdderGraph.of(self.weights)
+
+    @cached_property
+    def ranges(self) -> tuple[Ints, Ints]:
+        """Smallest and largest accumulator of every output."""
+        return accumulator_ranges(self.weights, self.low, self.high)
+
+    def run(self, codes: Ints) -> Ints:
+        """(samples, outputs) results of (samples, inputs) codes."""
+        out = codes @ self.weights.T
+        for at, rescale in enumerate(self.rescales):
+            out[:, at] = rescale(out[:, at])
+        return out
+
+    @cached_property
+    def features(self) -> Features:
+        """What the fitted models know of it."""
+        bits = self.graph.adder_bits(self.low, self.high)
+        depth = int(self.graph.depth.max(initial=0))
+        matrix = Features(
+            adder_bits=float(bits.sum()),
+            adders=float(bits.size),
+            register_bits=float(self.graph.register_bits(self.low, self.high)),
+            depth=depth,
+        )
+        if not self.rescales:
+            return matrix
+        parts = [
+            _rescaling(rescale, int(low), int(high))
+            for rescale, low, high in zip(self.rescales, *self.ranges, strict=True)
+        ]
+        return matrix.then(reduce(Features.beside, parts))
+
+
+def accumulator_ranges(weights: Ints, low: int, high: int) -> tuple[Ints, Ints]:
+    """Smallest and largest sum of every output for inputs between two codes."""
+    plus = np.maximum(weights, 0).sum(axis=1)
+    minus = np.maximum(-weights, 0).sum(axis=1)
+    return plus * low - minus * high, plus * high - minus * low
+
+
+def _rescaling(rescale: Fixed, low: int, high: int) -> Features:
+    """Multiplier, offset and clamp of one output whose accumulator lies between two bounds."""
+    if rescale.multiplier == 0:
+        return Features()
+    product = AdderGraph.of(np.array([[rescale.multiplier]]))
+    bits = float(product.adder_bits(low, high).sum())
+    depth = int(product.depth.max(initial=0))
+    below = low * rescale.multiplier + rescale.offset
+    above = high * rescale.multiplier + rescale.offset
+    registers = 0.0
+    width = _bits(below, above)
+    if rescale.offset:
+        zeros = (rescale.offset & -rescale.offset).bit_length() - 1
+        bits += max(width - zeros, 0)
+        depth += 1
+    registers += width * (depth / ADDERS_PER_STAGE)
+    code_bits = _bits(rescale.low, rescale.high)
+    kept = _bits(below >> rescale.shift, above >> rescale.shift)
+    clamps = below >> rescale.shift < rescale.low or above >> rescale.shift > rescale.high
+    return Features(
+        rescale_bits=bits,
+        clamp_bits=float(code_bits) if clamps else 0.0,
+        excess_bits=float(max(kept - code_bits, 0)) if clamps else 0.0,
+        register_bits=registers,
+        depth=depth,
+    )
+
+
+def _bits(low: int, high: int) -> int:
+    return int(bits_between(np.array([low]), np.array([high]))[0])
+
+
+def total(parts: Sequence[Features]) -> Features:
+    """All parts, one after the other."""
+    return reduce(Features.then, parts, Features())
