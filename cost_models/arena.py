@@ -11,7 +11,6 @@ from cost_models.cells import IN_PLACE, VIEWS, Cells, cells_of
 from cost_models.placement import Placement, place
 from quant_ops.candidate import Candidate
 from quant_ops.graph import Graph
-from quant_ops.removal import plan_removal
 from quant_ops.slots import Ids
 
 Scratch = Callable[[Graph, Candidate, int], int]
@@ -93,14 +92,8 @@ def plan_arena(graph: Graph, candidate: Candidate, rules: ArenaRules | None = No
 
 
 def _bytes_of(graph: Graph, candidate: Candidate, cells: Cells, rules: ArenaRules) -> Ids:
-    removal = plan_removal(graph, candidate)
-    elements = cells.elements
-    if removal:
-        kept = np.add.reduceat(~removal.removed[cells.components], cells.starts)
-        elements = cells.elements // cells.n_slots * kept
-    bits = cells.float_bits
-    if candidate.activations:
-        bits = cells.widths(candidate.activation_bits)
+    elements = cells.kept_elements(graph, candidate)
+    bits = cells.widths(candidate.activation_bits)
     if rules.element_bits:
         held = np.asarray(rules.element_bits)
         bits = held[np.searchsorted(held, bits).clip(max=held.size - 1)]

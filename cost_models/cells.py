@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from quant_ops.candidate import Candidate
 from quant_ops.channels import analyse
 from quant_ops.edges import FUSIBLE, edge_of
 from quant_ops.graph import Graph, Ref, refs_in
@@ -14,6 +15,7 @@ from quant_ops.index_maps import varying_axes
 from quant_ops.operator_kinds import MOVES, POINTWISE, SUMS, ZERO_KEEPING
 from quant_ops.operators import CONV, CONV_TRANSPOSE, LINEAR
 from quant_ops.per_graph import per_graph
+from quant_ops.removal import plan_removal
 from quant_ops.slots import Ids
 
 # A copy-free look at another value.
@@ -62,6 +64,14 @@ class Cells:
             if edge in activation_bits:
                 bits[cell] = activation_bits[edge]
         return bits
+
+    def kept_elements(self, graph: Graph, candidate: Candidate) -> Ids:
+        """Elements of each cell without the channels that the candidate removes."""
+        removal = plan_removal(graph, candidate)
+        if not removal:
+            return self.elements
+        kept = np.add.reduceat(~removal.removed[self.components], self.starts)
+        return self.elements // self.n_slots * kept
 
 
 def cells_of(graph: Graph, views: Set[str] = VIEWS, in_place: Set[str] = IN_PLACE) -> Cells:

@@ -12,6 +12,7 @@ COST_MODELS: dict[str, str] = {
     "bops": "cost_models.bops:BOPs",
     "ebops": "cost_models.ebops:EBOPs",
     "ram_bytes": "cost_models.memory:PeakMemory",
+    "energy_nj": "cost_models.energy:Energy",
     "lut": "cost_models.fpga.costs:LUT",
     "ff": "cost_models.fpga.costs:FF",
     "dsp": "cost_models.fpga.costs:DSP",

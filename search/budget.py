@@ -20,6 +20,7 @@ _SIZE_FORMS = "4MB (10^6 bytes), 4MiB (2^20 bytes), 105kB, 105KiB, 140000B or 14
 _BYTE_COSTS = {"size": SIZE, SIZE: SIZE, "ram": "ram_bytes"}
 _COUNT_COSTS = {"bops": "bops", "macs": "macs", "ebops": "ebops"}
 _FPGA_UNITS = {"lut": "LUT", "ff": "FF", "dsp": "DSP", "bram": "BRAM", "cycles": "cycles"}
+_ENERGY_UNITS = {"pJ": Decimal("1e-3"), "nJ": 1, "uJ": 10**3, "mJ": 10**6}
 _NEEDS = {
     "latency": "a latency table (--latency-table), which this version cannot read yet",
 }
@@ -59,6 +60,21 @@ def parse_count(text: str) -> int:
     return int(count)
 
 
+def parse_energy(text: str) -> float:
+    """Nanojoules that `text` stands for.
+
+    >>> parse_energy("20uJ"), parse_energy("500pJ")
+    (20000.0, 0.5)
+
+    Raises:
+        BudgetError: not an energy, or none.
+    """
+    nanojoules = _scaled(text, _ENERGY_UNITS)
+    if not nanojoules:
+        raise BudgetError(f"{text!r} is not a positive energy; write it as 500nJ, 20uJ or 1.5mJ")
+    return float(nanojoules)
+
+
 def parse_budget(text: str) -> tuple[str, float]:
     """Cost name and inclusive limit of one `--budget`.
 
@@ -76,11 +92,15 @@ def parse_budget(text: str) -> tuple[str, float]:
         return _BYTE_COSTS[key], float(parse_size(value))
     if key in _COUNT_COSTS:
         return _COUNT_COSTS[key], float(parse_count(value))
+    if key == "energy":
+        return "energy_nj", parse_energy(value)
     if key in _FPGA_UNITS:
         return key, 0.0 if value.strip() == "0" else float(parse_count(value))
     if key in _NEEDS:
         raise BudgetError(f"the budget {text!r} needs {_NEEDS[key]}; leave it out")
-    known = ", ".join(["4MB", "ram=256kB", "bops=1G", "macs=20M", "ebops=100k", "lut=20k"])
+    known = ", ".join(
+        ["4MB", "ram=256kB", "bops=1G", "macs=20M", "ebops=100k", "lut=20k", "energy=20uJ"]
+    )
     raise BudgetError(f"{key!r} in the budget {text!r} is not a cost; budgets look like {known}")
 
 
@@ -150,6 +170,8 @@ def format_cost(name: str, value: float) -> str:
     """
     if name.endswith("_bytes"):
         return format_size(value)
+    if name == "energy_nj":
+        return f"{value / 1e3:.4g} uJ"
     if name.endswith("_ms"):
         return f"{value:.4g} ms"
     if name in _COUNT_COSTS.values():
@@ -159,7 +181,7 @@ def format_cost(name: str, value: float) -> str:
     return f"{value:.4g}"
 
 
-def _scaled(text: str, units: Mapping[str, int]) -> Decimal | None:
+def _scaled(text: str, units: Mapping[str, int | Decimal]) -> Decimal | None:
     found = _NUMBER.fullmatch(text.strip())
     if found is None or found[2] not in units:
         return None

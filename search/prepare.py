@@ -34,7 +34,7 @@ from search.quality import QualityLoss, is_kl, metric_loss, quality_function, wo
 from search.space import SearchSpace
 from search.task import Metric, Task
 
-ALWAYS_COSTED = ("size_bytes", "macs", "bops", "ebops", "ram_bytes")
+ALWAYS_COSTED = ("size_bytes", "macs", "bops", "ebops", "ram_bytes", "energy_nj")
 
 
 @dataclass(frozen=True)

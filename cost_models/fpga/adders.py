@@ -2,7 +2,6 @@
 
 import heapq
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,8 @@ class AdderGraph:
 
     Attributes:
         n_inputs: number of inputs.
-        first, second, shift: per adder its operands, and by how much the second is shifted left.
+        first, second, shift, sign: per adder its operands; the second is shifted left by so much,
+            and subtracted where the sign is -1.
         plus, minus: per term the sum of its positive coefficients and of the magnitudes of its
             negative ones: with inputs from l to h a term lies between plus l - minus h and
             plus h - minus l.
@@ -33,6 +33,7 @@ class AdderGraph:
     first: Ints
     second: Ints
     shift: Ints
+    sign: Ints
     plus: Ints
     minus: Ints
     depth: Ints
@@ -55,29 +56,50 @@ class AdderGraph:
             self.plus * low - self.minus * high, self.plus * high - self.minus * low
         )
 
-    def adder_bits(self, low: int, high: int) -> Ints:
-        """Bits that each adder has to compute: what is below both operands passes through."""
-        bits: Ints = np.maximum(self.widths(low, high)[self.n_inputs :] - self.shift, 1)
-        return bits
+    def adder_bits(self, low: int, high: int) -> tuple[Ints, Ints]:
+        """Per adder the bits that take a look-up table, and those that the carry passes alone.
 
-    @cached_property
-    def last_read(self) -> Ints:
-        """Per term the largest depth of its readers, at least its own."""
-        last = self.depth.copy()
-        own = self.depth[self.n_inputs :]
-        for operands in (self.first, self.second):
-            np.maximum.at(last, operands, own - 1)
-        used = self.outputs[self.outputs >= 0]
-        last[used] = self.depth.max(initial=0)
-        return last
-
-    def register_bits(self, low: int, high: int) -> int:
-        """Bits held between stages, registers of inputs and outputs included."""
-        made = np.maximum(self.depth - 1, 0) // ADDERS_PER_STAGE
-        crossings = np.maximum(self.last_read // ADDERS_PER_STAGE - made, 0)
+        Below both operands nothing is computed. Where they overlap each bit takes a table, and so
+        does each bit above the shorter operand if that one is signed, since its sign goes on.
+        """
+        signed = self.plus * low - self.minus * high < 0
         widths = self.widths(low, high)
+        first, second = widths[self.first], widths[self.second] + self.shift
+        shorter = np.maximum(np.minimum(first, second), self.shift)
+        sign_goes_on = np.where(first < second, signed[self.first], signed[self.second])
+        above = np.maximum(widths[self.n_inputs :] - shorter, 0)
+        computed: Ints = shorter - self.shift + np.where(sign_goes_on, above, 0)
+        passed: Ints = np.where(sign_goes_on, 0, above)
+        return computed, passed
+
+    def register_bits(self, low: int, high: int, *, leaves: bool) -> int:
+        """Bits held between stages, registers of the inputs included.
+
+        Args:
+            low: smallest input.
+            high: largest.
+            leaves: the outputs wait for the slowest of them, and are registered once more.
+        """
+        last = self.depth.copy()  # per term the depth from which it is read for the last time
+        for operands in (self.first, self.second):
+            np.maximum.at(last, operands, self.depth[self.n_inputs :] - 1)
         used = self.outputs[self.outputs >= 0]
-        return int((crossings * widths).sum() + widths[: self.n_inputs].sum() + widths[used].sum())
+        if leaves:
+            last[used] = max(int(self.depth.max(initial=0)) - 1, 0)
+        crossings = np.maximum(last // ADDERS_PER_STAGE - stage_of(self.depth), 0)
+        widths = self.widths(low, high)
+        at_ends = widths[: self.n_inputs].sum() + (widths[used].sum() if leaves else 0)
+        return int((crossings * widths).sum() + at_ends)
+
+    @property
+    def output_depths(self) -> Ints:
+        """Per output the adders on the longest way to it."""
+        return np.where(self.outputs >= 0, self.depth[self.outputs], 0)
+
+
+def stage_of(depth: Ints) -> Ints:
+    """The stage in which a term of some depth is made; inputs come with the first."""
+    return np.maximum(depth - 1, 0) // ADDERS_PER_STAGE
 
 
 def bits_between(low: Ints, high: Ints) -> Ints:
@@ -100,6 +122,7 @@ class _Builder:
         self.first: list[int] = []
         self.second: list[int] = []
         self.shift: list[int] = []
+        self.sign: list[int] = []
 
     def build(self) -> AdderGraph:
         for sum_ in self.shared:
@@ -111,6 +134,7 @@ class _Builder:
             np.array(self.first, np.int64),
             np.array(self.second, np.int64),
             np.array(self.shift, np.int64),
+            np.array(self.sign, np.int64),
             np.array(self.plus, np.int64),
             np.array(self.minus, np.int64),
             np.array(self.depth, np.int64),
@@ -129,6 +153,7 @@ class _Builder:
         self.first.append(first)
         self.second.append(second)
         self.shift.append(shift)
+        self.sign.append(sign)
         return len(self.plus) - 1
 
     def _output(self, row: NDArray[np.int8]) -> tuple[int, int, int]:

@@ -18,21 +18,30 @@ class Features:
     """What the fitted models know of a circuit; additive over the parts of a network.
 
     Attributes:
-        adder_bits: of the constant matrix, shared subexpressions counted once.
+        adder_bits: of the constant matrix that take a look-up table; shared sums count once.
+        carry_bits: of the constant matrix where only the carry goes on.
         adders: how many those are.
-        rescale_bits: adder bits of multipliers and offsets.
+        product_bits: adder bits of the multipliers of rescalings.
+        offset_bits: bits to which a rescaling adds a constant.
         clamp_bits: code bits that a clamp decides.
         excess_bits: bits above the code that a clamp looks at.
-        register_bits: of the pipeline.
+        register_bits: held between the stages of the matrix, its inputs included, and its outputs
+            where they leave.
+        rescale_register_bits: held in rescalings.
+        code_register_bits: held until the slowest output is there, and at the end.
         depth: adders on the longest way.
     """
 
     adder_bits: float = 0.0
+    carry_bits: float = 0.0
     adders: float = 0.0
-    rescale_bits: float = 0.0
+    product_bits: float = 0.0
+    offset_bits: float = 0.0
     clamp_bits: float = 0.0
     excess_bits: float = 0.0
     register_bits: float = 0.0
+    rescale_register_bits: float = 0.0
+    code_register_bits: float = 0.0
     depth: int = 0
 
     def times(self, n: int) -> "Features":
@@ -90,21 +99,34 @@ class Circuit:
     @cached_property
     def features(self) -> Features:
         """What the fitted models know of it."""
-        bits = self.graph.adder_bits(self.low, self.high)
-        depth = int(self.graph.depth.max(initial=0))
+        computed, passed = self.graph.adder_bits(self.low, self.high)
         matrix = Features(
-            adder_bits=float(bits.sum()),
-            adders=float(bits.size),
-            register_bits=float(self.graph.register_bits(self.low, self.high)),
-            depth=depth,
+            adder_bits=float(computed.sum()),
+            carry_bits=float(passed.sum()),
+            adders=float(computed.size),
+            register_bits=float(
+                self.graph.register_bits(self.low, self.high, leaves=not self.rescales)
+            ),
+            depth=int(self.graph.depth.max(initial=0)),
         )
         if not self.rescales:
             return matrix
+        depths = self.graph.output_depths.tolist()
         parts = [
-            _rescaling(rescale, int(low), int(high))
-            for rescale, low, high in zip(self.rescales, *self.ranges, strict=True)
+            _rescaling(rescale, int(low), int(high), before)
+            for rescale, low, high, before in zip(self.rescales, *self.ranges, depths, strict=True)
         ]
-        return matrix.then(reduce(Features.beside, parts))
+        end = max(before + part.depth for before, part in zip(depths, parts, strict=True))
+        waits = 0.0
+        for rescale, before, part in zip(self.rescales, depths, parts, strict=True):
+            stages = _stage(end) - _stage(before + part.depth) + 1
+            waits += stages * _bits(rescale.low, rescale.high) if rescale.multiplier else 0
+        total_ = reduce(Features.beside, parts)
+        return replace(matrix.then(replace(total_, code_register_bits=waits)), depth=end)
+
+
+def _stage(depth: int) -> int:
+    return max(depth - 1, 0) // ADDERS_PER_STAGE
 
 
 def accumulator_ranges(weights: Ints, low: int, high: int) -> tuple[Ints, Ints]:
@@ -114,30 +136,36 @@ def accumulator_ranges(weights: Ints, low: int, high: int) -> tuple[Ints, Ints]:
     return plus * low - minus * high, plus * high - minus * low
 
 
-def _rescaling(rescale: Fixed, low: int, high: int) -> Features:
-    """Multiplier, offset and clamp of one output whose accumulator lies between two bounds."""
+def _rescaling(rescale: Fixed, low: int, high: int, before: int) -> Features:
+    """Multiplier, offset and clamp of one output.
+
+    Args:
+        rescale: its constants.
+        low: its smallest accumulator.
+        high: its largest.
+        before: adders on the longest way to the accumulator.
+    """
     if rescale.multiplier == 0:
         return Features()
     product = AdderGraph.of(np.array([[rescale.multiplier]]))
-    bits = float(product.adder_bits(low, high).sum())
-    depth = int(product.depth.max(initial=0))
     below = low * rescale.multiplier + rescale.offset
     above = high * rescale.multiplier + rescale.offset
-    registers = 0.0
-    width = _bits(below, above)
+    width, depth, offset_bits = _bits(below, above), int(product.depth.max(initial=0)), 0
     if rescale.offset:
         zeros = (rescale.offset & -rescale.offset).bit_length() - 1
-        bits += max(width - zeros, 0)
+        offset_bits = max(width - zeros, 0)
         depth += 1
-    registers += width * (depth / ADDERS_PER_STAGE)
     code_bits = _bits(rescale.low, rescale.high)
     kept = _bits(below >> rescale.shift, above >> rescale.shift)
     clamps = below >> rescale.shift < rescale.low or above >> rescale.shift > rescale.high
+    depth += clamps
+    crossed = _stage(before + depth) - _stage(before)
     return Features(
-        rescale_bits=bits,
+        product_bits=float(product.adder_bits(low, high)[0].sum()),
+        offset_bits=float(offset_bits),
         clamp_bits=float(code_bits) if clamps else 0.0,
         excess_bits=float(max(kept - code_bits, 0)) if clamps else 0.0,
-        register_bits=registers,
+        rescale_register_bits=crossed * (width + _bits(low, high)) / 2,
         depth=depth,
     )
 

@@ -20,6 +20,7 @@ from quant_ops.errors import EnvironmentFault
 
 YOSYS_FAMILIES = ("xc7", "xcup")
 _TOP = "circuit"
+_INTERPRETER_BITS = 31
 # One adder per module, mapped before it is flattened: yosys otherwise merges chains of additions
 # into compressors, which takes twice the LUTs.
 _FLOW = """read_verilog {files}
@@ -108,6 +109,26 @@ def _rescaled(value: Any, rescale: Fixed) -> Any:
         int(signed), bits + rescale.shift, -rescale.shift, overflow_mode="SAT", round_mode="TRN"
     )
     return code * 2.0**-rescale.shift
+
+
+def agrees(logic: Any, circuits: Sequence[Circuit]) -> bool:
+    """Whether da4ml's logic gives the integers of the circuits, on random codes.
+
+    Its interpreter holds 32 bits; what is wider is evaluated operation by operation, a few times.
+    """
+    from da4ml.types import minimal_kif
+
+    first = circuits[0]
+    is_wide = max(sum(minimal_kif(op.qint)) for op in logic.ops) > _INTERPRETER_BITS
+    n = 8 if is_wide else 500
+    rng = np.random.default_rng(0)
+    codes = rng.integers(first.low, first.high + 1, (n, first.weights.shape[1]))
+    wanted = codes
+    for circuit in circuits:
+        wanted = circuit.run(wanted)
+    values = codes.astype(np.float64)
+    found = [logic(row) for row in values] if is_wide else logic.predict(values)
+    return np.array_equal(np.asarray(found, np.float64), wanted)
 
 
 def pipelined(logic: Any) -> tuple[Any, Adders]:

@@ -13,8 +13,10 @@ from cost_models.fpga.circuit import Features
 from cost_models.fpga.families import FOLDER, FORMAT
 from studies.fpga.calibrate import features_of, today
 
-LUT_TERMS = ("adder_bits", "adders", "rescale_bits", "clamp_bits", "excess_bits")
-FF_TERMS = ("register_bits", "rescale_register_bits", "code_register_bits")
+LUT_TERMS = (
+    "adder_bits", "carry_bits", "product_bits", "offset_bits", "clamp_bits", "excess_bits",
+)  # fmt: skip
+FF_TERMS = ("register_bits", "adder_bits", "rescale_register_bits", "code_register_bits")
 SMALL = 100.0  # LUTs or registers below which errors count as of this many
 
 Row = Mapping[str, str]
@@ -39,7 +41,9 @@ def fit(family: str, rows: Sequence[Row]) -> None:
         print("  da4ml itself:", {k: v for k, v in _errors(other, measured, ~is_fitted).items()})
     stages = np.array([float(row["stages"]) for row in rows])
     cycles = np.array([-(-f.depth // 2) for f in features])
-    print("stages - cycles: mean", (stages - cycles).mean(), "largest", np.abs(stages - cycles).max())
+    print(
+        "stages - cycles: mean", (stages - cycles).mean(), "largest", np.abs(stages - cycles).max()
+    )
     facts = {
         "source": f"yosys {rows[0]['yosys']} synth_xilinx -family {family}, Verilog of da4ml "
         f"{rows[0]['da4ml']}; studies/fpga/{family}.csv",

@@ -53,6 +53,7 @@ def test_a_size_holds_at_least_one_byte(text):
         ("4MB", "size_bytes", 4e6), ("size=4MiB", "size_bytes", 4 * 2**20),
         ("bops=1G", "bops", 1e9),
         ("macs=20M", "macs", 2e7), ("ram=256kB", "ram_bytes", 256e3), ("BOPS=300", "bops", 300),
+        ("lut=20k", "lut", 20_000), ("dsp=0", "dsp", 0), ("energy=1.5uJ", "energy_nj", 1500),
     ],
 )  # fmt: skip
 def test_a_budget_names_a_cost_and_its_limit(text, cost, limit):
@@ -62,8 +63,8 @@ def test_a_budget_names_a_cost_and_its_limit(text, cost, limit):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("latency=2ms", "needs a latency table"), ("lut=20000", "needs an FPGA cost model"),
-        ("dsp=0", "needs an FPGA cost model"), ("energy=1", "is not a cost; budgets look like 4MB"),
+        ("latency=2ms", "needs a latency table"), ("energy=1", "is not a positive energy"),
+        ("watts=1", "is not a cost; budgets look like 4MB"), ("lut=-1", "not a positive number"),
         ("bops=1GB", "not a positive number of operations"), ("bops=0", "not a positive number"),
         ("ram=", "is not a size"), ("=4MB", "is not a cost"),
     ],
