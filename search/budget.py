@@ -20,7 +20,7 @@ _SIZE_FORMS = "4MB (10^6 bytes), 4MiB (2^20 bytes), 105kB, 105KiB, 140000B or 14
 _BYTE_COSTS = {"size": SIZE, SIZE: SIZE, "ram": "ram_bytes"}
 _COUNT_COSTS = {"bops": "bops", "macs": "macs", "ebops": "ebops"}
 _FPGA_UNITS = {"lut": "LUT", "ff": "FF", "dsp": "DSP", "bram": "BRAM", "cycles": "cycles"}
-_ENERGY_UNITS = {"pJ": Decimal("1e-3"), "nJ": 1, "uJ": 10**3, "mJ": 10**6}
+_ENERGY_UNITS: dict[str, int | Decimal] = {"pJ": Decimal("1e-3"), "nJ": 1, "uJ": 10**3, "mJ": 10**6}
 _NEEDS = {
     "latency": "a latency table (--latency-table), which this version cannot read yet",
 }

@@ -2,6 +2,7 @@
 
 import heapq
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,12 +44,13 @@ class AdderGraph:
 
     @classmethod
     def of(cls, weights: NDArray[np.integer]) -> "AdderGraph":
-        """The graph of weights @ inputs.
+        """The graph of weights @ inputs; of a matrix that was met before it is looked up.
 
         Args:
             weights: (outputs, inputs) integers.
         """
-        return _Builder(np.asarray(weights, np.int64)).build()
+        wide = np.ascontiguousarray(weights, np.int64)
+        return _built(wide.shape[0], wide.tobytes())
 
     def widths(self, low: int, high: int) -> Ints:
         """Bits of every term when all inputs lie between `low` and `high`."""
@@ -111,6 +113,11 @@ def bits_between(low: Ints, high: Ints) -> Ints:
     largest = np.maximum(high, -low - 1)
     magnitude = np.frexp(np.maximum(largest, 0).astype(np.float64))[1].astype(np.int64)
     return magnitude + (low < 0)
+
+
+@lru_cache(maxsize=8192)
+def _built(n_outputs: int, weights: bytes) -> AdderGraph:
+    return _Builder(np.frombuffer(weights, np.int64).reshape(n_outputs, -1)).build()
 
 
 class _Builder:

@@ -17,6 +17,7 @@ from cost_models.fpga.rescaling import Fixed, cheapest
 FITTED = ((8, 8), (16, 10), (12, 24), (32, 8), (27, 6), (20, 16))
 HELD_OUT = ((10, 12), (24, 10), (9, 16), (16, 16), (40, 6), (64, 5))  # no row of these is fitted
 LAYERS_PER_SHAPE = 6
+EARLY_LAYERS = 2
 NETWORKS = ((16, 16, 10), (16, 20, 12, 5), (64, 12, 10))
 WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 ZEROS = (0.0, 0.25, 0.5, 0.7, 0.9)
@@ -51,13 +52,19 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every case, fitted and held-out shapes in turn."""
+    """Every case: fitted and held-out shapes in turn, then networks, then the other held-out ones.
+
+    The last are layers of the fitted shapes that only make the coefficients steadier.
+    """
     for number in range(LAYERS_PER_SHAPE):
         for fitted, held_out in zip(FITTED, HELD_OUT, strict=True):
-            yield _layer(fitted, number, "fitted")
+            if number < EARLY_LAYERS:
+                yield _layer(fitted, number, "fitted")
             yield _layer(held_out, number, "held-out")
-        if number == 1:
+        if number == EARLY_LAYERS - 1:
             yield from _networks()
+    for number in range(EARLY_LAYERS, LAYERS_PER_SHAPE):
+        yield from (_layer(shape, number, "fitted") for shape in FITTED)
 
 
 def _layer(shape: tuple[int, int], number: int, split: str) -> Case:
