@@ -117,12 +117,12 @@ def _measure(trial: int, parts: Sequence[Part], of: Family, tell: Told) -> Measu
     luts = ffs = stages = 0
     adders = seconds = 0.0
     for part in parts:
-        if part.circuit is None:
+        if part.kept is None:
             luts += round(of.luts(part.features))
             continue
         tell(f"trial {trial}: {part.name}")
-        logic = traced([part.circuit])
-        if not agrees(logic, [part.circuit]):
+        logic = traced([part.kept])
+        if not agrees(logic, [part.kept]):
             raise VerificationError(f"da4ml's circuit of {part.name} computes something else")
         pipeline, cost = pipelined(logic)
         cells = synthesize(pipeline, of.name)

@@ -75,7 +75,7 @@ class AdderGraph:
         return computed, passed
 
     def register_bits(self, low: int, high: int, *, leaves: bool) -> int:
-        """Bits held between stages, registers of the inputs included.
+        """Bits held between stages, registers of the inputs that are read included.
 
         Args:
             low: smallest input.
@@ -90,7 +90,11 @@ class AdderGraph:
             last[used] = max(int(self.depth.max(initial=0)) - 1, 0)
         crossings = np.maximum(last // ADDERS_PER_STAGE - stage_of(self.depth), 0)
         widths = self.widths(low, high)
-        at_ends = widths[: self.n_inputs].sum() + (widths[used].sum() if leaves else 0)
+        read = np.zeros(widths.size, np.bool_)
+        for terms in (self.first, self.second, used):
+            read[terms] = True
+        at_ends = widths[: self.n_inputs] @ read[: self.n_inputs]
+        at_ends += widths[used].sum() if leaves else 0
         return int((crossings * widths).sum() + at_ends)
 
     @property

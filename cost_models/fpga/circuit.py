@@ -97,6 +97,23 @@ class Circuit:
         return out
 
     @cached_property
+    def constant(self) -> NDArray[np.bool_]:
+        """(outputs,) True where the result is one code whatever the inputs are."""
+        if not self.rescales:
+            return np.zeros(len(self.weights), np.bool_)
+        ends = np.stack(self.ranges)
+        codes = [rescale(ends[:, at]) for at, rescale in enumerate(self.rescales)]
+        return np.array([low == high for low, high in codes])
+
+    def without(self, dead_inputs: NDArray[np.bool_], dead_outputs: NDArray[np.bool_]) -> "Circuit":
+        """What a synthesizer keeps: no constant inputs, no outputs that nobody reads."""
+        if not dead_inputs.any() and not dead_outputs.any():
+            return self
+        kept = np.flatnonzero(~dead_outputs)
+        rescales = tuple(self.rescales[at] for at in kept) if self.rescales else ()
+        return Circuit((self.weights * ~dead_inputs)[kept], self.low, self.high, rescales)
+
+    @cached_property
     def features(self) -> Features:
         """What the fitted models know of it."""
         computed, passed = self.graph.adder_bits(self.low, self.high)
@@ -110,6 +127,8 @@ class Circuit:
             depth=int(self.graph.depth.max(initial=0)),
         )
         if not self.rescales:
+            return matrix
+        if not len(self.weights):
             return matrix
         depths = self.graph.output_depths.tolist()
         parts = [

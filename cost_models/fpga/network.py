@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,11 @@ from quant_ops.requantize import Codes, Rescale
 
 MAX_WEIGHTS = 20_000  # of a layer that is unrolled: beyond, looking for shared sums takes minutes
 Mask = NDArray[np.bool_]
+Ends = tuple[bytes, bytes]  # inputs that a layer does not read, outputs that are constant
 Key = tuple[str, LayerQuant | None, bytes | None, int, int]
+
+
+NOTHING = Features()
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +38,21 @@ class Part:
     Attributes:
         name: of the step's node.
         circuit: what computes one position (of one group), None for comparisons and choices.
+        kept: the circuit without constant inputs and without outputs that the next layer ignores.
         copies: how many positions there are.
-        features: of all copies.
+        other: features of what has no circuit.
     """
 
     name: str
     circuit: Circuit | None
+    kept: Circuit | None
     copies: int
-    features: Features
+    other: Features = NOTHING
+
+    @property
+    def features(self) -> Features:
+        """Of all copies."""
+        return self.other if self.kept is None else self.kept.features.times(self.copies)
 
 
 class Unrolled:
@@ -55,7 +66,8 @@ class Unrolled:
     def __init__(self, bank: WeightBank) -> None:
         self._bank = bank
         self._graph = bank.graph
-        self._known: dict[Key, Features] = {}
+        self._ends: dict[Key, Ends] = {}
+        self._known: dict[tuple[Key, bytes, bytes], Features] = {}
         self._last: tuple[Candidate, Features] | None = None
 
     def features(self, candidate: Candidate) -> Features:
@@ -70,14 +82,37 @@ class Unrolled:
 
     def _sum(self, candidate: Candidate) -> Features:
         keys = self.keys(candidate)
-        if any(key not in self._known for key in keys):
-            found: dict[str, Features] = {}
-            for part in parts_of_model(self._bank.quantize(candidate)):
-                before = found.get(part.name, Features())  # other groups of the same convolution
-                found[part.name] = before.beside(part.features)
-            for key in keys:
-                self._known.setdefault(key, found.get(key[0], Features()))
-        return total([self._known[key] for key in keys])
+        if any(key not in self._ends for key in keys):
+            self._learn(candidate, keys)
+        full = self._with_neighbours(keys)
+        if any(key not in self._known for key in full):
+            self._learn(candidate, keys)
+        return total([self._known[key] for key in full])
+
+    def _learn(self, candidate: Candidate, keys: list[Key]) -> None:
+        """Build the circuits of a candidate, and keep what others can look up."""
+        found: dict[str, Features] = {}
+        ends: dict[str, Ends] = {}
+        for part in parts_of_model(self._bank.quantize(candidate)):
+            before = found.get(part.name, NOTHING)  # other groups of the same convolution
+            found[part.name] = before.beside(part.features)
+            if part.circuit is not None:
+                unread = ~part.circuit.weights.any(axis=0)
+                ends[part.name] = unread.tobytes(), part.circuit.constant.tobytes()
+        for key in keys:
+            self._ends[key] = ends.get(key[0], (b"", b""))
+        for full in self._with_neighbours(keys):
+            self._known[full] = found.get(full[0][0], NOTHING)
+
+    def _with_neighbours(self, keys: list[Key]) -> list[tuple[Key, bytes, bytes]]:
+        """Keys with what is constant before a layer and what is not read behind it."""
+        links = _links(self._graph)
+        if not links:
+            return [(key, b"", b"") for key in keys]
+        by_site = {key[0]: key for key in keys}
+        constant = {links[s]: self._ends[by_site[s]][1] for s in links}
+        unread = {s: self._ends[by_site[links[s]]][0] for s in links}
+        return [(key, constant.get(key[0], b""), unread.get(key[0], b"")) for key in keys]
 
     def keys(self, candidate: Candidate) -> list[Key]:
         """Per step what its features depend on: widths of weights, inputs, result; dead inputs."""
@@ -116,7 +151,49 @@ def parts_of_model(model: QuantizedModel) -> list[Part]:
     program, graph = _lowered(model), model.graph
     prunes = any(0 in quant.bit_widths for _, quant in model.candidate.layers)
     live = live_inputs(graph, model.candidate) if prunes else {}
-    return [part for step in program.steps for part in _parts(step, program, graph, live)]
+    parts = [part for step in program.steps for part in _parts(step, program, graph, live)]
+    return _kept(parts, _links(graph))
+
+
+def _kept(parts: list[Part], links: Mapping[str, str]) -> list[Part]:
+    """The parts as a synthesizer keeps them, layers that follow each other looked at in pairs.
+
+    No logic is left of outputs that are constant or that the next layer does not read.
+    """
+    whole = {part.name: part.circuit for part in parts}
+    before = {second: first for first, second in links.items()}
+    out = []
+    for part in parts:
+        own = part.circuit
+        if own is None:
+            out.append(part)
+            continue
+        previous = whole.get(before.get(part.name, ""))
+        following = whole.get(links.get(part.name, ""))
+        dead_inputs = np.zeros(own.weights.shape[1], np.bool_)
+        dead_outputs = own.constant
+        if previous is not None:
+            dead_inputs = previous.constant
+        if following is not None:
+            dead_outputs = dead_outputs | ~following.weights.any(axis=0)
+        out.append(replace(part, kept=own.without(dead_inputs, dead_outputs)))
+    return out
+
+
+@per_graph
+def _links(graph: Graph) -> dict[str, str]:
+    """Linear layer to the linear layer that alone reads its outputs, one by one."""
+    out = {}
+    for index, layer in graph.layer_at.items():
+        at = index
+        while len(graph.consumers[at]) == 1 and Ref(at) not in graph.outputs:
+            at = graph.consumers[at][0]
+            if at in graph.layer_at or graph.nodes[at].op != "relu.default":
+                break
+        reader = graph.layer_at.get(at)
+        if at != index and reader is not None and layer.kind == reader.kind == "linear":
+            out[graph.nodes[index].name] = graph.nodes[at].name
+    return out
 
 
 def _lowered(model: QuantizedModel) -> IntegerProgram:
@@ -154,13 +231,13 @@ def _parts(
         layer = graph.layer_at[graph.index_of[step.name]]
         for weights, rescale, copies in _matrices(step, layer, shape, live.get(layer.name)):
             circuit = _circuit(weights, source, rescale)
-            yield Part(step.name, circuit, copies, circuit.features.times(copies))
+            yield Part(step.name, circuit, circuit, copies)
     elif isinstance(step, Average):
         window = math.prod(int((end - start).max()) for start, end in step.windows)
         weights = np.ones((1, window), np.int64)
         circuit = _circuit(weights, source, _cut(step.rescale, slice(0, 1)))
         copies = math.prod(shape)
-        yield Part(step.name, circuit, copies, circuit.features.times(copies))
+        yield Part(step.name, circuit, circuit, copies)
     elif isinstance(step, Move):
         yield from _moves(step, source, graph, shape)
     else:
@@ -233,6 +310,6 @@ def _moves(step: Move, source: Codes, graph: Graph, shape: tuple[int, ...]) -> I
         features = Features(
             adder_bits=float(n_maxima * bits), clamp_bits=float(n_maxima * bits), depth=depth
         )
-        yield Part(step.name, None, 1, features)
+        yield Part(step.name, None, None, 1, features)
     elif step.op.startswith("relu") and source.low < source.zero_point:
-        yield Part(step.name, None, 1, Features(clamp_bits=float(n * bits)))
+        yield Part(step.name, None, None, 1, Features(clamp_bits=float(n * bits)))

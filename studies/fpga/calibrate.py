@@ -11,6 +11,7 @@ import json
 import subprocess
 import time
 import zlib
+from collections.abc import Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -112,8 +113,21 @@ def unpack(word: str) -> tuple[Circuit, ...]:
 
 
 def features_of(row: dict[str, str]) -> Features:
-    """Features of a row's circuits."""
-    return total([circuit.features for circuit in unpack(row["circuits"])])
+    """Features of a row's circuits, without outputs that are constant or that nobody reads."""
+    return total([circuit.features for circuit in kept_chain(unpack(row["circuits"]))])
+
+
+def kept_chain(circuits: Sequence[Circuit]) -> list[Circuit]:
+    """Layers that follow each other as a synthesizer keeps them, looked at in pairs."""
+    out = []
+    for at, circuit in enumerate(circuits):
+        dead_inputs, dead_outputs = np.zeros(circuit.weights.shape[1], np.bool_), circuit.constant
+        if at:
+            dead_inputs = circuits[at - 1].constant
+        if at + 1 < len(circuits):
+            dead_outputs = dead_outputs | ~circuits[at + 1].weights.any(axis=0)
+        out.append(circuit.without(dead_inputs, dead_outputs))
+    return out
 
 
 def rows_path(family: str) -> Path:

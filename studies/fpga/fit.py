@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
-from cost_models.fpga.circuit import Circuit, Features, total
 from cost_models.fpga.families import FOLDER, FORMAT
-from studies.fpga.calibrate import features_of, today, unpack
+from studies.fpga.calibrate import features_of, today
 
 LUT_TERMS = (
     "adder_bits", "carry_bits", "product_bits", "offset_bits", "clamp_bits", "excess_bits",
 )  # fmt: skip
 FF_TERMS = ("register_bits", "adder_bits", "rescale_register_bits", "code_register_bits")
+SMALLEST = 20.0  # a circuit below has no percentage worth stating
 SMALL = 100.0  # LUTs or registers below which errors count as of this many
 
 Row = Mapping[str, str]
@@ -35,15 +35,8 @@ def fit(family: str, rows: Sequence[Row]) -> None:
         factors, _ = nnls((design * weight[:, None])[is_fitted], (measured * weight)[is_fitted])
         tables[what] = {term: round(float(f), 5) for term, f in zip(terms, factors, strict=True)}
         predicted = design @ factors
-        trimmed = {
-            row["name"]: _weighted(
-                tables[what], total([c.features for c in without_dead(unpack(row["circuits"]))])
-            )
-            for row in rows
-            if row["kind"] == "network"
-        }
         print(what, tables[what])
-        errors[what] = _report(rows, predicted, measured, trimmed)
+        errors[what] = _report(rows, predicted, measured)
         other = np.array([float(row[f"da4ml_{what}"]) for row in rows])
         print("  da4ml itself:", {k: v for k, v in _errors(other, measured, ~is_fitted).items()})
     stages = np.array([float(row["stages"]) for row in rows])
@@ -63,35 +56,10 @@ def fit(family: str, rows: Sequence[Row]) -> None:
     (FOLDER / f"{family}.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
-def without_dead(circuits: Sequence[Circuit]) -> list[Circuit]:
-    """A chain of layers without outputs that are constant, or that nobody reads.
-
-    yosys leaves those out of a whole network. The fitted model looks at one layer at a time and
-    counts them: what this takes off is the share of its error that no coefficient can mend.
-    """
-    weights = [circuit.weights.copy() for circuit in circuits]
-    for at, circuit in enumerate(circuits[:-1]):
-        for row, (rescale, low, high) in enumerate(
-            zip(circuit.rescales, *circuit.ranges, strict=True)
-        ):
-            first, last = rescale(np.array([int(low), int(high)]))
-            if first == last:
-                weights[at + 1][:, row] = 0
-    for at in range(len(circuits) - 2, -1, -1):
-        weights[at][~(weights[at + 1] != 0).any(axis=0)] = 0
-    out = []
-    for circuit, own in zip(circuits, weights, strict=True):
-        kept = own.any(axis=1)
-        rescales = tuple(r for r, keep in zip(circuit.rescales, kept, strict=False) if keep)
-        out.append(Circuit(own[kept], circuit.low, circuit.high, rescales))
-    return out
-
-
 def _report(
     rows: Sequence[Row],
     predicted: NDArray[np.float64],
     measured: NDArray[np.float64],
-    trimmed: Mapping[str, float],
 ) -> dict[str, Any]:
     kinds = np.array([row["kind"] for row in rows])
     fitted = np.array([row["split"] == "fitted" for row in rows])
@@ -102,18 +70,15 @@ def _report(
         if mask.any():
             print(f"  {name}:", _errors(predicted, measured, mask))
     for at in np.flatnonzero(kinds == "network"):
-        name = rows[at]["name"]
-        print(
-            f"  {name}: {predicted[at]:.0f} predicted, {trimmed[name]:.0f} without dead outputs, "
-            f"{measured[at]:.0f} measured"
-        )
+        print(f"  {rows[at]['name']}: {predicted[at]:.0f} predicted, {measured[at]:.0f} measured")
     return _errors(predicted, measured, groups["held-out layers"])
 
 
 def _errors(
     predicted: NDArray[np.float64], measured: NDArray[np.float64], mask: NDArray[np.bool_]
 ) -> dict[str, float]:
-    off = np.abs(predicted[mask] / np.maximum(measured[mask], 1) - 1)
+    mask = mask & (measured >= SMALLEST)
+    off = np.abs(predicted[mask] / measured[mask] - 1)
     rank = spearmanr(predicted[mask], measured[mask]).statistic if mask.sum() > 2 else np.nan
     return {
         "n": int(mask.sum()),
@@ -121,7 +86,3 @@ def _errors(
         "largest_error_percent": round(100 * float(off.max()), 2),
         "rank_correlation": round(float(rank), 4),
     }
-
-
-def _weighted(factors: Mapping[str, float], features: Features) -> float:
-    return sum(factor * float(getattr(features, name)) for name, factor in factors.items())
