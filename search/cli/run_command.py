@@ -60,7 +60,7 @@ TargetOption = Annotated[
 FpgaOption = Annotated[
     str | None,
     typer.Option(
-        "--fpga", help="Family for lut=, ff=, dsp=, bram=, cycles= budgets: xc7 (default), xcup."
+        "--fpga", help="Family for lut=, ff=, dsp=, bram=, cycles= budgets: xc7."
     ),
 ]
 SchemeOption = Annotated[
