@@ -59,9 +59,7 @@ TargetOption = Annotated[
 ]
 FpgaOption = Annotated[
     str | None,
-    typer.Option(
-        "--fpga", help="Family for lut=, ff=, dsp=, bram=, cycles= budgets: xc7."
-    ),
+    typer.Option("--fpga", help="Family for lut=, ff=, dsp=, bram=, cycles= budgets: xc7."),
 ]
 SchemeOption = Annotated[
     str, typer.Option("--scheme", help="auto, mid_tread, mid_rise or affine weight levels.")
