@@ -13,7 +13,15 @@ COST_MODELS: dict[str, str] = {
     "ebops": "cost_models.ebops:EBOPs",
     "ram_bytes": "cost_models.memory:PeakMemory",
     "latency_ms": "cost_models.latency.model:Latency",
+    "energy_nj": "cost_models.energy:Energy",
+    "lut": "cost_models.fpga.costs:LUT",
+    "ff": "cost_models.fpga.costs:FF",
+    "dsp": "cost_models.fpga.costs:DSP",
+    "bram": "cost_models.fpga.costs:BRAM",
+    "cycles": "cost_models.fpga.costs:Cycles",
 }
+
+FPGA_COSTS = ("lut", "ff", "dsp", "bram", "cycles")
 
 
 @cache

@@ -21,11 +21,8 @@ _SIZE_FORMS = "4MB (10^6 bytes), 4MiB (2^20 bytes), 105kB, 105KiB, 140000B or 14
 _BYTE_COSTS = {"size": SIZE, SIZE: SIZE, "ram": "ram_bytes"}
 _COUNT_COSTS = {"bops": "bops", "macs": "macs", "ebops": "ebops"}
 _TIME_COSTS = {"latency": "latency_ms", "latency_ms": "latency_ms"}
-_NEEDS = {
-    **dict.fromkeys(
-        ("lut", "dsp", "ff", "bram"), "an FPGA cost model, which this version does not have yet"
-    ),
-}
+_FPGA_UNITS = {"lut": "LUT", "ff": "FF", "dsp": "DSP", "bram": "BRAM", "cycles": "cycles"}
+_ENERGY_UNITS: dict[str, int | Decimal] = {"pJ": Decimal("1e-3"), "nJ": 1, "uJ": 10**3, "mJ": 10**6}
 
 
 def parse_size(text: str) -> int:
@@ -77,6 +74,21 @@ def parse_time(text: str) -> float:
     return float(value)
 
 
+def parse_energy(text: str) -> float:
+    """Nanojoules that `text` stands for.
+
+    >>> parse_energy("20uJ"), parse_energy("500pJ")
+    (20000.0, 0.5)
+
+    Raises:
+        BudgetError: not an energy, or none.
+    """
+    nanojoules = _scaled(text, _ENERGY_UNITS)
+    if not nanojoules:
+        raise BudgetError(f"{text!r} is not a positive energy; write it as 500nJ, 20uJ or 1.5mJ")
+    return float(nanojoules)
+
+
 def parse_budget(text: str) -> tuple[str, float]:
     """Cost name and inclusive limit of one `--budget`.
 
@@ -96,9 +108,11 @@ def parse_budget(text: str) -> tuple[str, float]:
         return _COUNT_COSTS[key], float(parse_count(value))
     if key in _TIME_COSTS:
         return _TIME_COSTS[key], parse_time(value)
-    if key in _NEEDS:
-        raise BudgetError(f"the budget {text!r} needs {_NEEDS[key]}; leave it out")
-    known = ", ".join(["4MB", "ram=256kB", "bops=1G", "macs=20M", "ebops=100k", "latency=2ms"])
+    if key == "energy":
+        return "energy_nj", parse_energy(value)
+    if key in _FPGA_UNITS:
+        return key, 0.0 if value.strip() == "0" else float(parse_count(value))
+    known = "4MB, ram=256kB, bops=1G, macs=20M, ebops=100k, latency=2ms, lut=20k, energy=20uJ"
     raise BudgetError(f"{key!r} in the budget {text!r} is not a cost; budgets look like {known}")
 
 
@@ -168,14 +182,18 @@ def format_cost(name: str, value: float) -> str:
     """
     if name.endswith("_bytes"):
         return format_size(value)
+    if name == "energy_nj":
+        return f"{value / 1e3:.4g} uJ"
     if name.endswith("_ms"):
         return f"{value:.4g} ms" if value >= 0.1 else f"{1e3 * value:.4g} us"
     if name in _COUNT_COSTS.values():
         return f"{format_count(value)}op" if value >= 1e3 else f"{value:.0f} op"
+    if name in _FPGA_UNITS:
+        return f"{value:,.0f} {_FPGA_UNITS[name]}"
     return f"{value:.4g}"
 
 
-def _scaled(text: str, units: Mapping[str, int] | Mapping[str, Decimal]) -> Decimal | None:
+def _scaled(text: str, units: Mapping[str, int | Decimal]) -> Decimal | None:
     found = _NUMBER.fullmatch(text.strip())
     if found is None or found[2] not in units:
         return None

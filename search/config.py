@@ -45,6 +45,7 @@ class RunConfig:
     target: str = "packed"
     latency_table: str | None = None
     extrapolate: bool = False
+    fpga: str | None = None
     scheme: str = "auto"
     range_setter: str = "weighted_mse"
     activation_ranges: str = "auto"

@@ -222,7 +222,7 @@ class RunContext:
                 loss_stderr=measured.loss_stderr,
                 metric=measured.metric,
                 agreement=measured.agreement,
-                costs={n: m.cost(self.space.graph, candidate) for n, m in self.costs.items()},
+                costs={name: cost.cost_of(model) for name, cost in self.costs.items()},
                 strategy=self.strategy,
                 seed=self.seed,
                 recipe=recipe,

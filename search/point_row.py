@@ -102,4 +102,4 @@ def short(cost: str) -> str:
     >>> short("ram_bytes"), short("latency_ms"), short("bops")
     ('ram', 'latency', 'bops')
     """
-    return cost.removesuffix("_bytes").removesuffix("_ms")
+    return cost.removesuffix("_bytes").removesuffix("_ms").removesuffix("_nj")

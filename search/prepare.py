@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cost_models.base import CostModel
+from cost_models.fpga.families import DEFAULT, family
 from cost_models.latency.model import Latency
-from cost_models.table import cost_model
+from cost_models.table import FPGA_COSTS, cost_model
 from quant_ops.bank import WeightBank
 from quant_ops.calibration import Calibration, calibrate
 from quant_ops.dual import SUFFIX
@@ -23,6 +24,7 @@ from quant_ops.executor import Executor
 from quant_ops.expected_inputs import data_free
 from quant_ops.moments import InputMoments, collect_moments
 from search.blame import blaming
+from search.budget import Budgets
 from search.capture import Traced, trace
 from search.choices import build_space
 from search.config import RunConfig
@@ -34,7 +36,7 @@ from search.quality import QualityLoss, is_kl, metric_loss, quality_function, wo
 from search.space import SearchSpace
 from search.task import Metric, Task
 
-ALWAYS_COSTED = ("size_bytes", "macs", "bops", "ebops", "ram_bytes")
+ALWAYS_COSTED = ("size_bytes", "macs", "bops", "ebops", "ram_bytes", "energy_nj")
 
 
 @dataclass(frozen=True)
@@ -53,27 +55,31 @@ class EvaluatorSpec:
     correction: str
     moments: Mapping[str, InputMoments] = field(default_factory=dict)
     latency: Latency | None = None
+    fpga: str | None = None
 
     def __call__(self) -> Evaluator:
+        bank = WeightBank(
+            self.traced.graph,
+            self.traced.params,
+            self.calibration,
+            range_setter=self.range_setter,
+            activation_ranges=self.activation_ranges,
+            bias_correction=self.correction != "none",
+            # second-order rounding keeps the spread by itself
+            spread_correction=self.correction == "mean-spread" and not self.moments,
+            moments=self.moments,
+        )
+        names = ALWAYS_COSTED + (() if self.fpga is None else FPGA_COSTS)
+        settings = {} if self.fpga is None else {"fpga": self.fpga}
         return Evaluator(
             self.original,
-            WeightBank(
-                self.traced.graph,
-                self.traced.params,
-                self.calibration,
-                range_setter=self.range_setter,
-                activation_ranges=self.activation_ranges,
-                bias_correction=self.correction != "none",
-                # second-order rounding keeps the spread by itself
-                spread_correction=self.correction == "mean-spread" and not self.moments,
-                moments=self.moments,
-            ),
+            bank,
             self.splits,
             quality_loss=self.quality_loss,
             by_target=self.by_target,
             metric=self.task_metric,
             costs={
-                **{name: cost_model(name) for name in ALWAYS_COSTED},
+                **{name: cost_model(name).bound(bank, settings) for name in names},
                 **({} if self.latency is None else {self.latency.name: self.latency}),
             },
         )
@@ -123,6 +129,7 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    fpga = fpga_family(config)
     original = trace(task.model, task.examples())
     batch = original.static_batch or EVALUATION_BATCH
     calibration_split = load_split(task.calibration, what="calibration", batch=batch)
@@ -162,8 +169,20 @@ def prepare(task: Task, config: RunConfig) -> Prepared:
         correction=config.correction,
         moments=moments,
         latency=latency_model(config),
+        fpga=fpga,
     )
     return Prepared(task, config, traced, space, spec)
+
+
+def fpga_family(config: RunConfig) -> str | None:
+    """The family whose costs are asked for, None where no FPGA is.
+
+    Raises:
+        UsageError: there is no fitted model of that family.
+    """
+    asks = set(FPGA_COSTS) & Budgets.parse(config.budgets).limits.keys()
+    name = config.fpga or (DEFAULT if asks else None)
+    return None if name is None else family(name).name
 
 
 def _made_easier(traced: Traced, split: Split, config: RunConfig) -> tuple[Traced, Calibration]:

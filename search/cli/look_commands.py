@@ -17,7 +17,7 @@ RunArgument = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
 def register(app: typer.Typer) -> None:
     """Add the subcommands of this file."""
-    for command in (show, report, recover, compare, dashboard, tasks, strategies, targets):
+    for command in (show, report, recover, fpga, compare, dashboard, tasks, strategies, targets):
         app.command(command.__name__)(command)
 
 
@@ -29,15 +29,43 @@ def show(
     as_json: JsonOption = False,
 ) -> int:
     """The front as a table, with the uniform and rate-distortion baselines beside it."""
+    from search.fpga import print_fpga
     from search.prediction import prediction_report
     from search.show import read_front
+    from search.tables import stdout_console
 
     if trial is not None:
         return _explain(run, trial, as_json=as_json)
-    _print(read_front(run), as_json=as_json)
+    front = read_front(run)
+    _print(front, as_json=as_json)
     if not as_json:
+        print_fpga(front, run, stdout_console())
         _print_prediction(prediction_report(run))
         _print_latency(run)
+    return 0
+
+
+def fpga(
+    run: RunArgument,
+    trial: Annotated[
+        list[int] | None,
+        typer.Option("--trial", help="Points to measure; by default the three largest."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Synthesize finalists with da4ml and yosys, and compare with the fitted model."""
+    from dataclasses import asdict
+
+    from search.fpga import measure_finalists, print_measured
+    from search.progress import ConsoleListener
+    from search.tables import stdout_console
+
+    with ConsoleListener() as listener:
+        rows = measure_finalists(run, trial or (), tell=listener.on_phase)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        print_measured(rows, stdout_console())
     return 0
 
 

@@ -27,8 +27,8 @@ BudgetOption = Annotated[
     typer.Option(
         "--budget",
         "-b",
-        help="4MB, 105kB, bops=1G, macs=20M, ram=256kB, latency=2ms (with --latency-table). "
-        "Repeatable.",
+        help="4MB, 105kB, bops=1G, macs=20M, ram=256kB, latency=2ms (with --latency-table), "
+        "lut=20k, energy=20uJ. Repeatable.",
     ),
 ]
 BitsOption = Annotated[
@@ -59,6 +59,10 @@ DualOption = Annotated[
 ]
 TargetOption = Annotated[
     str, typer.Option("--target", help="Deployment target; see `search targets`.")
+]
+FpgaOption = Annotated[
+    str | None,
+    typer.Option("--fpga", help="Family for lut=, ff=, dsp=, bram=, cycles= budgets: xc7."),
 ]
 SchemeOption = Annotated[
     str, typer.Option("--scheme", help="auto, mid_tread, mid_rise or affine weight levels.")
@@ -165,6 +169,7 @@ def run(
     target: TargetOption = "packed",
     latency_table: LatencyTableOption = None,
     extrapolate: ExtrapolateOption = False,
+    fpga: FpgaOption = None,
     scheme: SchemeOption = "auto",
     range_setter: RangeOption = "weighted_mse",
     activation_ranges: ActivationRangesOption = "auto",
@@ -241,6 +246,7 @@ def run(
         target=target,
         latency_table=table_from_anywhere(latency_table),
         extrapolate=extrapolate,
+        fpga=fpga,
         scheme=_one_of(scheme, ("auto", "mid_tread", "mid_rise", "affine"), "--scheme"),
         range_setter=_one_of(range_setter, tuple(RANGE_SETTERS), "--range-setter"),
         activation_ranges=_one_of(
@@ -276,6 +282,7 @@ def inspect(
     target: TargetOption = "packed",
     latency_table: LatencyTableOption = None,
     extrapolate: ExtrapolateOption = False,
+    fpga: FpgaOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """List every layer's fate, ties, reachable budgets and the expected search time."""
@@ -296,6 +303,7 @@ def inspect(
         target=target,
         latency_table=table_from_anywhere(latency_table),
         extrapolate=extrapolate,
+        fpga=fpga,
     )
     with ConsoleListener() as listener:
         report = inspect_task(load_task_for(config, listener), config)

@@ -1,4 +1,4 @@
-"""The built-in task that needs no download: ResNet-18 on scikit-learn's handwritten digits."""
+"""Tasks that need no download: ResNet-18 and a small MLP on scikit-learn's handwritten digits."""
 
 import math
 from dataclasses import asdict
@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from search.cache import cached_weights
 from search.task import Preprocessing, Task
-from search.tasks.models import ResNet18
+from search.tasks.models import DigitsMLP, ResNet18
 from search.tasks.training import (
+    Augment,
     Progress,
     ShuffledBatches,
     TrainingRecipe,
@@ -24,6 +25,7 @@ from search.tasks.training import (
 )
 
 RECIPE = TrainingRecipe(epochs=20, learning_rate=0.05, label_smoothing=0.05)
+MLP_RECIPE = TrainingRecipe(epochs=60, learning_rate=0.05, label_smoothing=0.05)
 # The last stage keeps its 2x2 pixels: on a single pixel a 3x3 kernel has eight dead taps of nine,
 # so that most of the 11.2 M weights would be free to drop.
 STRIDES = (1, 2, 2, 1)
@@ -40,39 +42,56 @@ def make_task(*, data: Path | None = None, seed: int = 0, progress: Progress | N
         seed: of the initial weights and the training, not of the split.
         progress: called while the model is trained, which happens once per seed.
     """
+    recipe = {**asdict(RECIPE), "seed": seed, "strides": STRIDES, "model": "ResNet18", "version": 1}
+    model = seeded(lambda: ResNet18(1, strides=STRIDES), seed)
+    return _task("digits", model, RECIPE, recipe, seed, progress, augment=move_a_little)
+
+
+def make_mlp(*, data: Path | None = None, seed: int = 0, progress: Progress | None = None) -> Task:
+    """The images of `make_task` and an MLP that fits an FPGA unrolled.
+
+    Args:
+        data: not used; the images come with scikit-learn.
+        seed: of the initial weights and the training, not of the split.
+        progress: called while the model is trained, which happens once per seed.
+    """
+    recipe = {**asdict(MLP_RECIPE), "seed": seed, "model": "DigitsMLP", "version": 1}
+    return _task("digits-mlp", seeded(DigitsMLP, seed), MLP_RECIPE, recipe, seed, progress)
+
+
+def _task(
+    name: str,
+    model: nn.Module,
+    recipe: TrainingRecipe,
+    key: dict[str, object],
+    seed: int,
+    progress: Progress | None,
+    augment: Augment | None = None,
+) -> Task:
     train, validation, test = splits()
-    batches = ShuffledBatches(
-        *train, batch_size=RECIPE.batch_size, seed=seed, augment=move_a_little
-    )
+
+    def batches() -> ShuffledBatches:
+        return ShuffledBatches(*train, batch_size=recipe.batch_size, seed=seed, augment=augment)
+
+    def make() -> dict[str, Tensor]:
+        what = f"training {type(model).__name__} on digits (once)"
+        train_classifier(model, batches(), recipe, progress=progress, what=what)
+        return model.state_dict()
+
+    model.load_state_dict(cached_weights(name, key, make))
+    model.eval()
     return Task(
-        name="digits",
-        model=_trained_model(train, seed, progress),
+        name=name,
+        model=model,
         calibration=in_batches(*train),
         validation=in_batches(*validation),
         test=lambda: in_batches(*test),
-        training=batches,
+        training=batches(),
         class_names=tuple(str(digit) for digit in range(10)),
         preprocessing=Preprocessing((MEAN * WHITE / 255,), (STD * WHITE / 255,)),
         # The divergence of a confident model from one that answers "any of the ten".
         worst_loss=math.log(10),
     )
-
-
-def _trained_model(train: tuple[Tensor, Tensor], seed: int, progress: Progress | None) -> ResNet18:
-    recipe = {**asdict(RECIPE), "seed": seed, "strides": STRIDES, "model": "ResNet18", "version": 1}
-    model = seeded(lambda: ResNet18(1, strides=STRIDES), seed)
-
-    def make() -> dict[str, Tensor]:
-        batches = ShuffledBatches(
-            *train, batch_size=RECIPE.batch_size, seed=seed, augment=move_a_little
-        )
-        what = "training ResNet-18 on digits (once)"
-        train_classifier(model, batches, RECIPE, progress=progress, what=what)
-        return model.state_dict()
-
-    model.load_state_dict(cached_weights("digits", recipe, make))
-    model.eval()
-    return model
 
 
 def splits() -> list[tuple[Tensor, Tensor]]:

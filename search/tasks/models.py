@@ -110,6 +110,22 @@ class ResNet18(nn.Module):
         return self.fc(functional.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[no-any-return]
 
 
+class DigitsMLP(nn.Module):
+    """Three fully connected layers, small enough to be a circuit: 2,720 weights.
+
+    Input (batch, 1, 8, 8), output (batch, n_classes) logits.
+    """
+
+    def __init__(self, n_classes: int = 10) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32), nn.Linear(32, 16)
+        self.logits = nn.Linear(16, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.first(x.flatten(1)))
+        return self.logits(functional.relu(self.second(x)))  # type: ignore[no-any-return]
+
+
 class SmallCNN(nn.Module):
     """Four convolutions and two fully connected layers for 28x28 grey images.
 

@@ -17,6 +17,7 @@ from search.tasks.training import Progress
 
 TASKS = {
     "digits": "search.tasks.digits:make_task",
+    "digits-mlp": "search.tasks.digits:make_mlp",
     "cifar10-resnet20": "search.tasks.cifar10:make_resnet20",
     "cifar10-resnet56": "search.tasks.cifar10:make_resnet56",
     "fashion-mnist": "search.tasks.fashion_mnist:make_task",
@@ -25,6 +26,7 @@ TASKS = {
 
 SUMMARIES = {
     "digits": "ResNet-18 on scikit-learn's handwritten digits; trained once, nothing to download",
+    "digits-mlp": "64-32-16-10 MLP on the same digits, small enough for an FPGA circuit",
     "cifar10-resnet20": "pretrained ResNet-20 on CIFAR-10; needs --data",
     "cifar10-resnet56": "pretrained ResNet-56 on CIFAR-10; needs --data",
     "fashion-mnist": "small CNN on Fashion-MNIST, trained once; needs --data",

@@ -104,8 +104,8 @@ def test_peak_memory_counts_activation_widths(graph):
     names = {layer.name: graph.nodes[layer.sites[0]].name for layer in graph.layers}
     edges = {names["one"]: 4, names["two"]: 2, names["three"]: 8}
     pixels = SIDE * SIDE
-    # The sum is not quantized, so it outgrows the operand whose place it takes.
-    wanted = pixels * 4 * 1 + pixels * 4 * 4
+    # The sum is not quantized, so it outgrows both operands and takes the place of neither.
+    wanted = pixels * 4 // 2 + pixels * 4 * 1 + pixels * 4 * 4
     assert PeakMemory().cost(graph, Candidate.of({}, edges)) == wanted
     edges[next(n.name for n in graph.nodes if n.op == "add.Tensor")] = 3
     wanted = pixels * 3 * 4 + pixels * 4 * 4 // 8  # the first layer, its input in float

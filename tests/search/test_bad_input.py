@@ -294,3 +294,32 @@ def test_an_unknown_strategy_is_refused_before_the_task_is_loaded(search_call, t
     task = f"{BAD_TASKS}:no_such_function"  # loading it would complain of that
     answer = search_call("run", "--task", task, "--strategy", "ajpk", "--out", tmp_path / "run")
     assert "there is no strategy 'ajpk'; choose from auto, uniform" in complaint(answer, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fpga", "virtex2"), "no fitted model of the FPGA family 'virtex2'; known are"),
+        (("--budget", "lut=20k"), "add --activation-bits 8"),
+        (("--budget", "lut=20", "--activation-bits", 8), "no candidate fits 20 LUT of lut"),
+        (("--budget", "lut=twenty"), "not a positive number"),
+    ],
+)
+def test_an_fpga_that_cannot_be_priced(search_call, tiny, tmp_path, options, message):
+    answer = search_call("run", "--task", tiny("mlp"), *options, "--out", tmp_path / "run")
+    assert message in complaint(answer, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_tool_is_named_with_how_to_install_it(search_call, run_folder, monkeypatch):
+    monkeypatch.setattr("search.fpga.require_tools", _without_yosys)
+    answer = search_call("fpga", run_folder)
+    assert "apt-get install yosys" in complaint(answer, 4)
+
+
+def _without_yosys():
+    from cost_models.fpga import synthesis
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesis.shutil, "which", lambda name: None)
+        synthesis.require_tools()

@@ -54,6 +54,7 @@ def test_a_size_holds_at_least_one_byte(text):
         ("bops=1G", "bops", 1e9),
         ("latency=2ms", "latency_ms", 2), ("latency=9us", "latency_ms", 9e-3),
         ("macs=20M", "macs", 2e7), ("ram=256kB", "ram_bytes", 256e3), ("BOPS=300", "bops", 300),
+        ("lut=20k", "lut", 20_000), ("dsp=0", "dsp", 0), ("energy=1.5uJ", "energy_nj", 1500),
     ],
 )  # fmt: skip
 def test_a_budget_names_a_cost_and_its_limit(text, cost, limit):
@@ -64,8 +65,8 @@ def test_a_budget_names_a_cost_and_its_limit(text, cost, limit):
     ("text", "says"),
     [
         ("latency=2MB", "is not a time"), ("latency=0ms", "is not a time"),
-        ("lut=20000", "needs an FPGA cost model"),
-        ("dsp=0", "needs an FPGA cost model"), ("energy=1", "is not a cost; budgets look like 4MB"),
+        ("energy=1", "is not a positive energy"),
+        ("watts=1", "is not a cost; budgets look like 4MB"), ("lut=-1", "not a positive number"),
         ("bops=1GB", "not a positive number of operations"), ("bops=0", "not a positive number"),
         ("ram=", "is not a size"), ("=4MB", "is not a cost"),
     ],
