@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from quant_ops.requantize import Integers, Rescale
 
 MAX_POINTS = 2**18  # of one channel: more are not checked, and the multiplier stays
-_FURTHER = 3  # shifts that are tried beyond the first that works, for fewer digits
+_FURTHER = 2  # shifts that are tried beyond the first that works, for fewer digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,8 @@ def _steps(exact: NarrowRescale, reach: tuple[int, int]) -> Integers | None:
 def _cheapest(exact: NarrowRescale, points: _Points, shift: int) -> NarrowRescale | None:
     """With this shift the fewest digits, if any multipliers near the exact ratios work."""
     cut = exact.shift - shift
-    nearest = [[m >> cut, (m >> cut) + 1] for m in exact.multipliers]
+    around = range(-1, 3) if len(exact.multipliers) == 1 else range(2)
+    nearest = [[(m >> cut) + step for step in around] for m in exact.multipliers]
     combinations = np.stack(np.meshgrid(*nearest, indexing="ij")).reshape(len(nearest), -1).T
     found = []
     for multipliers in combinations.tolist():

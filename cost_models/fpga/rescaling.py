@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.fpga.sharing import signed_digits
+from quant_ops.narrow import NarrowRescale, narrowed
 
-_LOOK_FURTHER = 2  # shifts beyond the first that works, for one with fewer digits
 MAX_CODES = 4096  # of the result; more is what leaves the network, which is not rescaled
 
 
@@ -35,9 +34,7 @@ class Fixed:
 def cheapest(exact: Fixed, low: int, high: int) -> Fixed:
     """Constants with few digits that agree with `exact` wherever low <= accumulator <= high.
 
-    A rescaling with a positive multiplier is a staircase: code c or more from accumulator t(c)
-    on. Constants agree if and only if they have the same steps in the range, which leaves an
-    interval of offsets for every multiplier and shift.
+    They are those of `quant_ops.narrow`, which an exported circuit has too.
 
     Args:
         exact: positive multiplier, or 0.
@@ -49,40 +46,9 @@ def cheapest(exact: Fixed, low: int, high: int) -> Fixed:
     """
     if exact.multiplier < 0 or exact.high - exact.low > MAX_CODES:
         raise ValueError(f"{exact} is no rescaling to at most {MAX_CODES} codes")
-    codes = list(range(exact.low + 1, exact.high + 1))
-    if exact.multiplier == 0 or not codes:
+    if exact.multiplier == 0 or exact.low == exact.high:
         code = int(np.clip(exact.offset >> exact.shift, exact.low, exact.high))
         return Fixed(0, code, 0, exact.low, exact.high)
-    steps = [-((exact.offset - (c << exact.shift)) // exact.multiplier) for c in codes]
-    reached = [(c, max(t, low)) for c, t in zip(codes, steps, strict=True) if t <= high]
-    missed = [(c, min(t, high + 1) - 1) for c, t in zip(codes, steps, strict=True) if t > low]
-    found: list[tuple[int, int, Fixed]] = []
-    first: int | None = None
-    for shift in range(exact.shift + 1):
-        if first is not None and shift > first + _LOOK_FURTHER:
-            break
-        middle = exact.multiplier >> (exact.shift - shift)
-        for multiplier in range(max(middle - 1, 0), middle + 3):
-            offset = _offset(multiplier, shift, reached, missed)
-            if offset is not None:
-                first = shift if first is None else first
-                digits = int(np.abs(signed_digits(np.array([multiplier]))).sum())
-                fixed = Fixed(multiplier, offset, shift, exact.low, exact.high)
-                found.append((digits, shift, fixed))
-    return min(found, key=lambda item: item[:2])[2] if found else exact
-
-
-def _offset(
-    multiplier: int, shift: int, reached: list[tuple[int, int]], missed: list[tuple[int, int]]
-) -> int | None:
-    """The offset with the most zeros at its end that makes every step, None if there is none."""
-    low = max(((c << shift) - t * multiplier for c, t in reached), default=None)
-    high = min(((c << shift) - t * multiplier - 1 for c, t in missed), default=None)
-    if low is None or high is None:
-        return low if low is not None else high
-    if low > high:
-        return None
-    zeros = 0
-    while -(-low >> (zeros + 1)) << (zeros + 1) <= high and zeros < 62:
-        zeros += 1
-    return -(-low >> zeros) << zeros
+    given = NarrowRescale((exact.multiplier,), exact.offset, exact.shift, 0, exact.low, exact.high)
+    found = narrowed(given, (low, high))
+    return Fixed(found.multipliers[0], found.offset, found.shift, exact.low, exact.high)
