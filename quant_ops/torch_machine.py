@@ -41,6 +41,9 @@ class TorchMachine(Machine):
         return self._rescale(step.rescale, left.long() * right.long())
 
     def _convolution(self, step: Convolution) -> Any:
+        return self._rescale(step.rescale, self._convolution_sums(step))
+
+    def _convolution_sums(self, step: Convolution) -> Tensor:
         (x,) = self._centered(step)
         dtype = _exact_dtype(step.bound)
         x = x.to(dtype)
@@ -55,22 +58,26 @@ class TorchMachine(Machine):
             padding = (0,) * len(padding)
         weights = torch.from_numpy(step.weights).to(dtype)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(padding) - 1]
-        sums = convolve(x, weights, None, step.stride, padding, step.dilation, step.groups)
-        return self._rescale(step.rescale, sums)
+        return convolve(x, weights, None, step.stride, padding, step.dilation, step.groups)
 
     def _matmul(self, step: MatMul) -> Any:
+        return self._rescale(step.rescale, self._matmul_sums(step))
+
+    def _matmul_sums(self, step: MatMul) -> Tensor:
         (x,) = self._centered(step)
         dtype = _exact_dtype(step.bound)
-        sums = F.linear(x.to(dtype), torch.from_numpy(step.weights).to(dtype))
-        return self._rescale(step.rescale, sums)
+        return F.linear(x.to(dtype), torch.from_numpy(step.weights).to(dtype))
 
     def _lookup(self, step: Lookup) -> Any:
         table = self._rescale(step.rescale, torch.from_numpy(step.weights))
         return table[self._values[step.sources[0]].long()]
 
     def _average(self, step: Average) -> Any:
-        (x,) = self._centered(step)
-        x = x.long()
+        return self._rescale(step.rescale, self._average_sums(step))
+
+    def _average_sums(self, step: Average) -> Tensor:
+        (centered,) = self._centered(step)
+        x: Tensor = centered.long()
         for axis, (start, end) in zip(step.axes, step.windows, strict=True):
             if len(start) == 1:
                 x = x.narrow(axis, int(start[0]), int(end[0] - start[0])).sum(axis, keepdim=True)
@@ -80,9 +87,7 @@ class TorchMachine(Machine):
             x = running.index_select(axis, torch.from_numpy(end)) - running.index_select(
                 axis, torch.from_numpy(start)
             )
-        if not step.keep_axes:
-            x = x.squeeze(step.axes)
-        return self._rescale(step.rescale, x)
+        return x if step.keep_axes else x.squeeze(step.axes)
 
     def _concatenate(self, step: Concatenate) -> Any:
         parts = zip(step.rescales, self._centered(step), strict=True)
