@@ -66,7 +66,7 @@ class _Capturable(TorchMachine):
         return outputs
 
     def _input(self, step: Input) -> Any:
-        x = self._inputs[step.position]
+        x: Any = self._inputs[step.position]
         return x if step.codes is None else _quantize(x, step.codes)
 
     def _call(self, step: Call) -> Any:
@@ -155,7 +155,8 @@ def unpacked(stream: Tensor, width: float, n_codes: int) -> Tensor:
     shift = torch.from_numpy((first % _BITS_IN_BYTE).astype(np.int32))
     units = whole.reshape(-1, bits)
     words = units[:, low] + 256 * units[:, high]
-    return ((words >> shift) & (2**bits - 1)).reshape(-1)[:n_codes]
+    codes: Tensor = (words >> shift) & (2**bits - 1)
+    return codes.reshape(-1)[:n_codes]
 
 
 def _stream(quantized: QuantizedLayer, width: float) -> NDArray[np.uint8]:
