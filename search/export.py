@@ -19,11 +19,13 @@ from search.exporters.manifest import NAME as MANIFEST
 from search.exporters.table import find_exporter
 from search.exporters.timing import times_beside_float
 from search.finish import measure_packed, pack_trial
-from search.judge import Measurement
+from search.judge import Measurement, are_logits
 from search.prepare import Prepared, prepare
 from search.record import Record
 from search.show import read_front
-from search.vectors import make_vectors
+from search.vectors import make_vectors, run_packed
+
+LOGITS_DIM = 2  # (samples, classes)
 
 
 def export_trial(
@@ -71,6 +73,7 @@ def export_trial(
         tuple(prepared.task.class_names),
         prepared.task.preprocessing,
         {"task": prepared.task.name, "trial": evaluation.trial},
+        evaluation.candidate.to_json(),
     )
     report = deliver(exporter, packed, out, companions, _measuring(prepared, exporter, packed))
     return report.with_facts({"trial": evaluation.trial, **notes})
@@ -125,14 +128,41 @@ def _measuring(
         inputs, _ = prepared.spec.splits["validation"].batches[0]
         executor = Executor(prepared.traced.graph)
         in_torch = lambda x: executor(prepared.traced.params, tuple(x))  # noqa: E731
+        # an artefact that must equal the reference itself was compared on the test vectors
+        is_equal = exporter.is_file or (
+            type(exporter).expected is Exporter.expected and exporter.promise(packed).tolerance == 0
+        )
+        beside = {} if is_equal else _beside_reference(prepared, packed, runner)
         name, baseline = exporter.float_runner(packed) or ("float32 in torch", in_torch)
         return {
             "metric": f"{metric.name} {metric.format(measured.metric)} on validation",
             "quality_loss": measured.loss,
+            **beside,
             **times_beside_float(runner, baseline, name, inputs),
         }
 
     return measure
+
+
+def _beside_reference(prepared: Prepared, packed: PackedModel, runner: Runner) -> Mapping[str, Any]:
+    """Classifiers: how many top classes of validation change, and how near those were to a tie."""
+    changed, total, margin, largest = 0, 0, 0.0, 0.0
+    for inputs, _ in prepared.spec.splits["validation"].batches:
+        (mine, *more), (wanted, *_) = runner(inputs), run_packed(packed, tuple(inputs))
+        if more or not are_logits(wanted) or wanted.dim() != LOGITS_DIM:
+            return {}
+        largest = max(largest, float((mine - wanted).abs().max()))
+        moved = mine.argmax(1) != wanted.argmax(1)
+        top = wanted[moved].topk(2, dim=1).values
+        changed, total = changed + int(moved.sum()), total + len(wanted)
+        margin = max([margin, *(top[:, 0] - top[:, 1]).tolist()])
+    said = f"{changed} of {total} validation samples"
+    if changed:
+        said += (
+            f", where the reference's margin was at most {margin:.2g}; logits differ by at most "
+            f"{largest:.2g}"
+        )
+    return {"changed_top_class": said}
 
 
 def measure_runner(prepared: Prepared, runner: Runner) -> Measurement:

@@ -89,14 +89,14 @@ def _verify_folder(
     exporter = find_exporter(manifest.target)
     runner = exporter.open(path)
     vectors = Vectors.load(path / VECTORS, manifest.digest)
-    difference = compare(exporter, runner, vectors, path)
+    difference = compare(manifest.promise.tolerance, runner, vectors, path)
     facts: dict[str, Any] = {
         "target": manifest.target,
         "files": ", ".join(f"{name} {format_size(n)}" for name, n in manifest.files.items()),
         "digest": manifest.digest,
         "test_vectors": f"{vectors.inputs[0].shape[0]} run, largest relative difference from the "
         f"reference {difference:.2g}",
-        "exactness": exporter.exactness,
+        "exactness": manifest.promise.text,
     }
     if task is not None:
         from search.export import measure_runner

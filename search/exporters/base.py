@@ -31,6 +31,19 @@ class Refusal:
         return f"{self.where}: {self.reason}; {self.instead}"
 
 
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """How near an artefact must come to what its target should compute.
+
+    Attributes:
+        tolerance: largest difference of any output, over the largest output; 0: equal bit for bit.
+        text: what equals the referee and what is only close, in one sentence.
+    """
+
+    tolerance: float
+    text: str
+
+
 @dataclass(frozen=True)
 class Companions:
     """What travels with every artefact.
@@ -39,12 +52,14 @@ class Companions:
         vectors: real inputs (up to 32 samples) and the outputs of the referee.
         class_names, preprocessing: as the task states them.
         origin: what it was made from: task, trial.
+        assignment: the widths, by the layers' own names (`Candidate.to_json`).
     """
 
     vectors: Vectors
     class_names: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
     origin: Mapping[str, str | int] = field(default_factory=dict)
+    assignment: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,15 +147,18 @@ class Exporter(ABC):
 
     @abstractmethod
     def snippet(self, path: Path) -> str:
-        """A few lines that load and run it as they stand; Python starts from `inputs`,
-        float32 tensors or arrays with the batch first."""
+        """A few lines that load it and run it on its test vectors, as they stand."""
 
     def expected(self, packed: PackedModel, inputs: Sequence[Tensor]) -> Outputs:
         """What the artefact must compute: the referee, or this target's mode of it."""
         return run_packed(packed, tuple(inputs))
 
-    def facts(self, packed: PackedModel, path: Path) -> Mapping[str, Any]:
-        """More for the report."""
+    def promise(self, packed: PackedModel) -> Promise:
+        """How near this model's artefact must come to `expected`."""
+        return Promise(self.tolerance, self.exactness)
+
+    def facts(self, packed: PackedModel, path: Path, inputs: Sequence[Tensor]) -> Mapping[str, Any]:
+        """More for the report; `inputs` are those of the test vectors."""
         return {}
 
     def float_runner(self, packed: PackedModel) -> tuple[str, Runner] | None:

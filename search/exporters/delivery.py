@@ -45,7 +45,7 @@ def deliver(
         EnvironmentFault: it cannot be written or run here.
     """
     require_expressible(exporter, packed)
-    vectors = companions.vectors
+    vectors, promise = companions.vectors, exporter.promise(packed)
     own = tuple(exporter.expected(packed, vectors.inputs))
     if relative_difference(own, vectors.outputs) > 0:
         vectors = Vectors(vectors.inputs, vectors.outputs, vectors.digest, own)
@@ -57,13 +57,13 @@ def deliver(
         exporter.write(packed, part, companions)
         vectors.save(part / VECTORS)
         runner = exporter.open(part)
-        difference = compare(exporter, runner, vectors, out)
+        difference = compare(promise.tolerance, runner, vectors, out)
         facts = {
-            **exporter.facts(packed, part),
-            "exactness": exporter.exactness,
+            **exporter.facts(packed, part, vectors.inputs),
+            "exactness": promise.text,
             **measure(runner),
         }
-        write_manifest(exporter, part, packed.digest, companions, facts)
+        write_manifest(exporter.name, promise, part, packed.digest, companions, facts)
         files = file_sizes(part)
         _replace(part, out)
     except OSError as error:
@@ -86,21 +86,21 @@ def _deliver_file(
 ) -> Report:
     out.parent.mkdir(parents=True, exist_ok=True)
     exporter.write(packed, out, companions)
-    runner = exporter.open(out)
-    difference = compare(exporter, runner, vectors, out)
+    runner, promise = exporter.open(out), exporter.promise(packed)
+    difference = compare(promise.tolerance, runner, vectors, out)
     beside = vectors_path(out)
     vectors.save(beside)
     files = {path.name: path.stat().st_size for path in (out, beside)}
     facts = {
-        **exporter.facts(packed, out),
+        **exporter.facts(packed, out, vectors.inputs),
         "vectors": f"{vectors.inputs[0].shape[0]} in {beside.name}",
-        "exactness": exporter.exactness,
+        "exactness": promise.text,
         **measure(runner),
     }
     return Report(exporter.name, out, files, difference, facts, exporter.snippet(out))
 
 
-def compare(exporter: Exporter, runner: Runner, vectors: Vectors, path: Path) -> float:
+def compare(tolerance: float, runner: Runner, vectors: Vectors, path: Path) -> float:
     """Largest difference from the referee, over its largest output.
 
     Raises:
@@ -108,10 +108,10 @@ def compare(exporter: Exporter, runner: Runner, vectors: Vectors, path: Path) ->
     """
     outputs = runner(vectors.inputs)
     worst = relative_difference(outputs, vectors.own or vectors.outputs)
-    if not worst <= exporter.tolerance:
+    if not worst <= tolerance:
         raise VerificationError(
             f"{path} does not compute what its test vectors say: outputs differ by {worst:.3g} of "
-            f"their largest value, at most {exporter.tolerance:g} is allowed; export it again"
+            f"their largest value, at most {tolerance:g} is allowed; export it again"
         )
     return relative_difference(outputs, vectors.outputs)
 

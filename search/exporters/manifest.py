@@ -9,7 +9,7 @@ from typing import Any
 
 from quant_ops.errors import VerificationError
 from search.atomic import write_text
-from search.exporters.base import Companions, Exporter
+from search.exporters.base import Companions, Promise
 
 NAME = "artefact.json"
 VECTORS = "vectors.safetensors"
@@ -23,6 +23,7 @@ class Manifest:
 
     target: str
     digest: str
+    promise: Promise
     files: Mapping[str, int]
     contents: Mapping[str, Any]
 
@@ -35,7 +36,12 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def write_manifest(
-    exporter: Exporter, folder: Path, digest: str, companions: Companions, facts: Mapping[str, Any]
+    target: str,
+    promise: Promise,
+    folder: Path,
+    digest: str,
+    companions: Companions,
+    facts: Mapping[str, Any],
 ) -> None:
     """Describe the files of `folder`, which are all there but this one."""
     preprocessing = companions.preprocessing
@@ -47,12 +53,14 @@ def write_manifest(
     contents = {
         "format": FORMAT,
         "version": VERSION,
-        "target": exporter.name,
+        "target": target,
         "packed_digest": digest,
         **companions.origin,
+        "assignment": dict(companions.assignment),
         "class_names": list(companions.class_names),
         "preprocessing": None if preprocessing is None else asdict(preprocessing),
-        "exactness": exporter.exactness,
+        "tolerance": promise.tolerance,
+        "exactness": promise.text,
         "facts": dict(facts),
         "files": files,
     }
@@ -77,6 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
         assert isinstance(contents, dict)
         assert (contents["format"], contents["version"]) == (FORMAT, VERSION)
         target, digest = str(contents["target"]), str(contents["packed_digest"])
+        promise = Promise(float(contents["tolerance"]), str(contents["exactness"]))
         files = {
             str(name): (int(entry["bytes"]), str(entry["blake2b"]))
             for name, entry in contents["files"].items()
@@ -88,7 +97,7 @@ def read_manifest(folder: Path) -> Manifest:
     for name, (size, digest_of_file) in files.items():
         _check_file(folder, name, size, digest_of_file)
     sizes = {name: size for name, (size, _) in files.items() if name != VECTORS}
-    return Manifest(target, digest, sizes, contents)
+    return Manifest(target, digest, promise, sizes, contents)
 
 
 def _check_file(folder: Path, name: str, size: int, digest: str) -> None:

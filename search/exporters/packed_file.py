@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from quant_ops.packed import PackedModel
 from search.exporters.base import Companions, Exporter, Refusal, Runner
-from search.vectors import TOLERANCE, run_packed
+from search.vectors import TOLERANCE, run_packed, vectors_path
 
 
 class PackedExporter(Exporter):
@@ -31,10 +33,13 @@ class PackedExporter(Exporter):
     def snippet(self, path: Path) -> str:
         return (
             "from quant_ops.packed import PackedModel\n"
-            f"outputs = PackedModel.load({str(path)!r})(*inputs)"
+            "from safetensors.torch import load_file\n"
+            f"model = PackedModel.load({str(path)!r})\n"
+            f"vectors = load_file({str(vectors_path(path))!r})\n"
+            "outputs = model(vectors['input.0'])"
         )
 
-    def facts(self, packed: PackedModel, path: Path) -> Mapping[str, Any]:
+    def facts(self, packed: PackedModel, path: Path, inputs: Sequence[Tensor]) -> Mapping[str, Any]:
         return {
             "size_bytes": path.stat().st_size,
             "digest": packed.digest,
