@@ -122,8 +122,8 @@ class _Emitter:
             ]
         lines += [
             "",
-            "/* Call once, before anything else: chooses kernels of at most this level (0 portable,",
-            "   1 AVX2, 2 AVX-512 VNNI; 9 whatever the processor has), and returns the level. */",
+            "/* Call once, before anything else: chooses kernels up to a level (0 portable,",
+            "   1 AVX2, 2 AVX-512 VNNI; 9: what the processor has), and returns the level. */",
             f"int {self.name}_init(int level);",
             "/* One inference, from the inputs to the outputs. An input is used up by it. */",
             f"void {self.name}_run(void);",
@@ -296,7 +296,7 @@ class _Emitter:
         where = f"{self._at(op.source)}, {self._at(op.target)}"
         lines = [
             "    {",
-            f"        const bf_rows rows = {{{literal}}};",
+            f"        const bf_rows rows = bf_rows_of({literal});",
             f"        bf_convolve(&c{index}, &rows, {where}, "
             f"(int16_t *)(void *)(arena + {self.row_at}));",
             "    }",
@@ -322,7 +322,7 @@ class _Emitter:
         ]
         self.repacking += [
             "        {",
-            f"            const bf_rows rows = {{{literal}}};",
+            f"            const bf_rows rows = bf_rows_of({literal});",
             f"            bf_repack(&f{index}, &c{index}, &rows, "
             f"(int16_t *)(void *)(arena + {self.row_at}), arena + {self.fast_at[index]});",
             "        }",

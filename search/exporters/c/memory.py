@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from search.exporters.c.network import Network
+from search.exporters.c.network import Network, reads
 
 ALIGNMENT = 4  # of every buffer, in bytes: that of the widest code
 CACHE_LINE = 64
@@ -43,7 +43,7 @@ def lifetimes(network: Network) -> dict[int, tuple[int, int]]:
     last = len(network.operations)
     lives = {value.buffer: (0, 0) for value in network.inputs}
     for at, operation in enumerate(network.operations):
-        for value in (*network.reads(operation), operation.target):
+        for value in (*reads(operation), operation.target):
             start, _ = lives.get(value.buffer, (at, at))
             lives[value.buffer] = (start, at)
     for value in network.outputs:

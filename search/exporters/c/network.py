@@ -202,6 +202,7 @@ class Network:
     buffers: tuple[int, ...]
     operations: tuple[Operation, ...]
 
-    def reads(self, operation: Operation) -> Sequence[Value]:
-        """Values that an operation reads."""
-        return operation.sources if isinstance(operation, Sum | Product) else (operation.source,)
+
+def reads(operation: Operation) -> Sequence[Value]:
+    """Values that an operation reads."""
+    return operation.sources if isinstance(operation, Sum | Product) else (operation.source,)

@@ -1,5 +1,6 @@
 """The folder of a generated library: sources, makefile, main, test vectors."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from quant_ops.packed import PackedModel
 from quant_ops.program import IntegerProgram
-from quant_ops.reference import run
+from quant_ops.reference import run_torch
 from search.exporters.c.emit import Source, emit
 from search.exporters.c.network import Network
 from search.exporters.c.reduced import reduced_program
@@ -18,6 +19,7 @@ from search.exporters.c.translate import translate
 
 TEMPLATES = files("search.exporters.c") / "templates"
 KERNELS = ("bitfront_kernels.h", "bitfront_x86.h")
+DESCRIPTION = "library.json"
 Array = NDArray[np.generic]
 
 
@@ -54,6 +56,8 @@ def generate(packed: PackedModel, name: str = "network") -> CLibrary:
         f"{name}.c": source.code,
         "main.c": _main(network, name),
         "Makefile": _filled("Makefile.in", name),
+        "README.md": _readme(network, source, name),
+        DESCRIPTION: json.dumps(_description(network, source, name), indent=1) + "\n",
     }
     texts |= {kernel: (TEMPLATES / kernel).read_text() for kernel in KERNELS}
     return CLibrary(name, network, source, texts)
@@ -83,6 +87,46 @@ def _main(network: Network, name: str) -> str:
     return text
 
 
+def _description(network: Network, source: Source, name: str) -> dict[str, object]:
+    """What a program must know to run the library."""
+    return {
+        "name": name,
+        "inputs": [list(v.sizes) for v in network.inputs],
+        "outputs": [
+            {
+                "sizes": list(v.sizes),
+                "type": v.type,
+                "scale": v.codes.scale,
+                "zero_point": v.codes.zero_point,
+            }
+            for v in network.outputs
+        ],
+        "ram_bytes": source.ram_bytes,
+        "x86_ram_bytes": source.x86_ram_bytes,
+        "constant_bytes": source.constant_bytes,
+    }
+
+
+def _readme(network: Network, source: Source, name: str) -> str:
+    rows = []
+    for kind, values in (("input", network.inputs), ("output", network.outputs)):
+        for number, value in enumerate(values):
+            sizes, lies = (" x ".join(map(str, part)) for part in (value.sizes, value.lies))
+            rows.append(
+                f"| {kind} {number} | {sizes} | {lies} | {value.type}_t | "
+                f"{value.codes.scale!r} | {value.codes.zero_point} |"
+            )
+    text = _filled("README.md.in", name)
+    for key, filling in {
+        "VALUES": "\n".join(rows),
+        "RAM": f"{source.ram_bytes:,}",
+        "X86_RAM": f"{source.x86_ram_bytes:,}",
+        "CONSTANTS": f"{source.constant_bytes:,}",
+    }.items():
+        text = text.replace(f"@{key}@", filling)
+    return text
+
+
 def vectors(inputs: Sequence[Array], outputs: Sequence[Array]) -> bytes:
     """The content of vectors.bin: an int32 count, then for each sample inputs and outputs."""
     n = len(inputs[0])
@@ -93,7 +137,7 @@ def vectors(inputs: Sequence[Array], outputs: Sequence[Array]) -> bytes:
 
 def expected(program: IntegerProgram, inputs: Sequence[Array]) -> list[NDArray[np.int32]]:
     """The referee's output integers."""
-    integers = run(program, inputs).integers
+    integers = run_torch(program, inputs).integers
     out = []
     for value in integers:
         assert value is not None

@@ -9,17 +9,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from quant_ops.candidate import Candidate, LayerQuant
 from quant_ops.dual import without_unused_layers
-from quant_ops.graph import Graph, Layer, ParamRef
+from quant_ops.graph import Graph, ParamRef
 from quant_ops.lowering import lower
 from quant_ops.program import Combine, Convolution, IntegerProgram, MatMul, Step
 from quant_ops.quantized import QuantizedLayer, QuantizedModel
-from quant_ops.removal import Removal, canonical_columns, plan_removal, remove_channels
+from quant_ops.reduced import reduced_model
+from quant_ops.removal import Removal, plan_removal
 from quant_ops.requantize import Codes, Integers, Rescale
 from quant_ops.slots import Ids
-from quant_ops.storage import prunes
-from quant_ops.stored import StoredBias, StoredScale
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,31 +39,11 @@ def reduced_program(model: QuantizedModel) -> ReducedProgram:
     """Lower `model`, then take out the channels that a packed file does not hold."""
     model = without_unused_layers(model)
     full = lower(model)
-    graph, candidate = model.graph, model.candidate
-    if not prunes(candidate):
+    smaller = reduced_model(model)
+    if smaller is model:
         return _result(full, model)
-    removal = plan_removal(graph, candidate)
-    if not removal:
-        return _result(full, model)
-    smaller, params = remove_channels(graph, model.params(), removal)
-    layers = {
-        name: _cut(graph.layer_of[name], quantized, removal)
-        for name, quantized in model.layers.items()
-    }
-    quants = {
-        name: LayerQuant(layers[name].bit_widths, quant.scheme, quant.group_size)
-        for name, quant in candidate.layers
-    }
-    floats = {name: params[name] for name in model.float_params}
-    reduced = QuantizedModel(
-        smaller,
-        Candidate.of(quants, candidate.activation_bits),
-        layers,
-        model.activations,
-        floats,
-    )
-    program = _with_constants(lower(reduced), smaller, full, graph, removal)
-    return _result(program, reduced)
+    removal = plan_removal(model.graph, model.candidate)
+    return _result(_with_constants(lower(smaller), full, model.graph, removal), smaller)
 
 
 def _result(program: IntegerProgram, model: QuantizedModel) -> ReducedProgram:
@@ -77,31 +55,8 @@ def _result(program: IntegerProgram, model: QuantizedModel) -> ReducedProgram:
     return ReducedProgram(program, model.graph, layers)
 
 
-def _cut(layer: Layer, quantized: QuantizedLayer, removal: Removal) -> QuantizedLayer:
-    rows = removal.rows.get(layer.name, np.arange(layer.out_channels))
-    codes = quantized.codes[rows]
-    columns = removal.columns.get(layer.name)
-    if columns is not None:
-        codes = codes.reshape(len(rows), canonical_columns(layer), -1)[:, columns]
-        codes = codes.reshape(len(rows), -1)
-    widths = np.asarray(quantized.bit_widths)
-    scales = {}
-    for width, stored in quantized.scales.items():
-        stays = np.isin(np.flatnonzero(widths == width), rows)
-        scales[width] = StoredScale(stored.base, stored.ratio[stays])
-    zero_points, bias = quantized.zero_points, quantized.bias
-    return QuantizedLayer(
-        tuple(quantized.bit_widths[row] for row in rows),
-        codes,
-        {width: scale for width, scale in scales.items() if scale.ratio.size},
-        quantized.mid_rise,
-        None if zero_points is None else zero_points[rows],
-        None if bias is None else StoredBias(bias.base, bias.codes[rows]),
-    )
-
-
 def _with_constants(
-    program: IntegerProgram, graph: Graph, full: IntegerProgram, whole: Graph, removal: Removal
+    program: IntegerProgram, full: IntegerProgram, whole: Graph, removal: Removal
 ) -> IntegerProgram:
     """The smaller program with the whole one's meanings of values and rescalings."""
     theirs = {step.name: step for step in full.steps}

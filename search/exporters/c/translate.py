@@ -26,6 +26,7 @@ from quant_ops.program import (
     refs_in_args,
 )
 from quant_ops.requantize import Codes, Rescale
+from search.exporters.base import Refusal
 from search.exporters.c.moves import HOLE, Map, is_identity, loops
 from search.exporters.c.network import (
     Conv,
@@ -39,6 +40,7 @@ from search.exporters.c.network import (
     Sizes,
     Sum,
     Value,
+    reads,
 )
 from search.exporters.c.pools import windows_of_maximum
 from search.exporters.c.reduced import ReducedProgram
@@ -51,14 +53,22 @@ def translate(reduced: ReducedProgram) -> Network:
     """The network as operations on buffers.
 
     Raises:
-        UsageError: an operator has no integer form here; names it, why, and what to do.
+        Inexpressible: an operator has no integer form here; names it, why, and what to do.
     """
     return _Translation(reduced).network()
 
 
-def refusal(name: str, reason: str, nearest: str) -> UsageError:
+class Inexpressible(UsageError):
+    """The target cannot do this."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(f"the C target cannot express {refusal}")
+        self.refusal = refusal
+
+
+def refusal(name: str, reason: str, nearest: str) -> Inexpressible:
     """The sentence that says what the target cannot do."""
-    return UsageError(f"the C target cannot express {name}: {reason}; {nearest}")
+    return Inexpressible(Refusal(name, reason, nearest))
 
 
 class _Translation:
@@ -70,6 +80,7 @@ class _Translation:
         self.static: dict[int, Any] = {}
         self.buffers: list[int] = []
         self.operations: list[Operation] = []
+        self.origins: dict[int, tuple[Value, Map]] = {}  # buffer of a copy: what it was copied from
         ranks = {len(s.stride) for s in self.program.steps if isinstance(s, Convolution)}
         self.spatial_ranks = {rank + 1 for rank in ranks} | {3, 4}
         self.handlers: dict[type[Step], Callable[[Any], None]] = {
@@ -92,7 +103,18 @@ class _Translation:
             handler(step)
         outputs = tuple(self._output(number) for number in self.program.outputs)
         inputs = tuple(self.values[s.out] for s in self.program.steps if isinstance(s, Input))
-        return Network(inputs, outputs, tuple(self.buffers), tuple(self.operations))
+        return Network(inputs, outputs, tuple(self.buffers), self._needed(outputs))
+
+    def _needed(self, outputs: Sequence[Value]) -> tuple[Operation, ...]:
+        """The operations without copies that nothing reads."""
+        read = {value.buffer for value in outputs}
+        kept: list[Operation] = []
+        for operation in reversed(self.operations):
+            if isinstance(operation, Copy) and operation.target.buffer not in read:
+                continue
+            kept.append(operation)
+            read |= {value.buffer for value in reads(operation)}
+        return tuple(reversed(kept))
 
     # values
 
@@ -137,7 +159,11 @@ class _Translation:
         flat = np.ascontiguousarray(positions).reshape(-1)
         if is_identity(flat, source.n):
             return Value(source.buffer, tuple(sizes), tuple(order), source.codes)
+        if source.buffer in self.origins:  # one copy instead of two in a row
+            source, before = self.origins[source.buffer]
+            flat = np.where(flat == HOLE, HOLE, before[flat])
         target = self._new(sizes, tuple(order), source.codes)
+        self.origins[target.buffer] = source, flat
         self.operations.append(Copy(name, source, target, *loops(flat)))
         return target
 

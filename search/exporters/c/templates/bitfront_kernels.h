@@ -46,6 +46,23 @@ typedef struct {
     const uint8_t *shift;
 } bf_rows;
 
+/* Filled in by statements: a constant with addresses in it would be static memory. */
+static inline bf_rows bf_rows_of(const uint8_t *data, const bf_block *blocks,
+                                 const int16_t *addends, const uint16_t *order,
+                                 const int32_t *multiplier, const int64_t *offset,
+                                 const uint8_t *shift)
+{
+    bf_rows rows;
+    rows.data = data;
+    rows.blocks = blocks;
+    rows.addends = addends;
+    rows.order = order;
+    rows.multiplier = multiplier;
+    rows.offset = offset;
+    rows.shift = shift;
+    return rows;
+}
+
 typedef struct {
     int32_t type, zero;
 } bf_in;
