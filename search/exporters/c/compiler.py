@@ -86,6 +86,8 @@ def sections(obj: Path, size_tool: str = "size") -> Sections | None:
     for line in done.stdout.splitlines():
         name, *numbers = line.split() or [""]
         kind = name.split(".")[1] if name.startswith(".") else ""
+        if name.startswith(".data.rel.ro"):  # addresses that the loader fills in, constant then
+            kind = "rodata"
         if kind in sums:
             sums[kind] += int(numbers[0])
     return Sections(sums["text"], sums["rodata"], sums["bss"] + sums["data"])

@@ -333,12 +333,22 @@ class _Emitter:
         pointers = ", ".join(self._at(v) for v in op.sources)
         types = ", ".join(f"{{{_type(v)}, {v.codes.zero_point}}}" for v in op.sources)
         sets = max(op.rescale.shift.size, op.rescale.offset.size)
+        where = f"{self._at(op.target)}, {_out(op.target, op.rescale)}, {len(op.sources)}, "
+        where += f"sources, from, {op.target.n}"
+        is_narrow = all(v.type in ("uint8", "int8") for v in (*op.sources, op.target))
+        fast = [
+            "#if BF_X86",
+            "        if (LEVEL > 1)",
+            f"            bf_sum_vnni({where}, {constants});",
+            "        else",
+            "#endif",
+        ]
         self.body += [
             "    {",
             f"        const void *const sources[] = {{{pointers}}};",
             f"        const bf_in from[] = {{{types}}};",
-            f"        bf_sum({self._at(op.target)}, {_out(op.target, op.rescale)}, "
-            f"{len(op.sources)}, sources, from, {op.target.n}, {op.inner}, {sets}, {constants});",
+            *(fast if is_narrow and sets == 1 else ()),
+            f"        bf_sum({where}, {op.inner}, {sets}, {constants});",
             "    }",
         ]
 

@@ -385,4 +385,38 @@ BF_KERNEL void bf_fast(const bf_fast_conv *f, int level, const void *in, void *o
         bf_conv_avx2(f, from, (uint8_t *)out, weights);
 }
 
+BF_VNNI BF_INLINE __m512i bf_centred(const void *data, bf_in from, size_t at, __mmask16 valid)
+{
+    const __m128i bytes = _mm_maskz_loadu_epi8(valid, (const uint8_t *)data + at);
+    const __m512i wide =
+        from.type == BF_INT8 ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+    return _mm512_sub_epi32(wide, _mm512_set1_epi32(from.zero));
+}
+
+/* bf_sum for one or two 8-bit values and one set of constants. */
+BF_VNNI BF_KERNEL void bf_sum_vnni(void *out, bf_out to, int32_t n_sources,
+                                   const void *const *sources, const bf_in *from, int32_t n,
+                                   const int32_t *multiplier, const int64_t *offset,
+                                   const uint8_t *shift)
+{
+    const __m512i low = _mm512_set1_epi64(to.low - to.zero);
+    const __m512i high = _mm512_set1_epi64(to.high - to.zero);
+    const __m128i count = _mm_cvtsi32_si128(shift[0]);
+    for (int32_t i = 0; i < n; i += BF_LANES) {
+        const __mmask16 valid = (__mmask16)(n - i >= BF_LANES ? 0xFFFF : (1u << (n - i)) - 1u);
+        __m512i even = _mm512_set1_epi64(offset[0]), odd = even;
+        for (int32_t s = 0; s < n_sources; s++) {
+            const __m512i x = bf_centred(sources[s], from[s], (size_t)i, valid);
+            const __m512i factor = _mm512_set1_epi64(multiplier[s]);
+            even = _mm512_add_epi64(even, _mm512_mul_epi32(x, factor));
+            odd = _mm512_add_epi64(odd, _mm512_mul_epi32(_mm512_srli_epi64(x, 32), factor));
+        }
+        even = _mm512_min_epi64(_mm512_max_epi64(_mm512_sra_epi64(even, count), low), high);
+        odd = _mm512_min_epi64(_mm512_max_epi64(_mm512_sra_epi64(odd, count), low), high);
+        const __m512i both = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+        const __m512i codes = _mm512_add_epi32(both, _mm512_set1_epi32(to.zero));
+        _mm_mask_storeu_epi8((uint8_t *)out + i, valid, _mm512_cvtepi32_epi8(codes));
+    }
+}
+
 #endif
