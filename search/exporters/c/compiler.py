@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,25 +93,42 @@ def sections(obj: Path, size_tool: str = "size") -> Sections | None:
     return Sections(sums["text"], sums["rodata"], sums["bss"] + sums["data"])
 
 
+def load_library(folder: Path) -> "LoadedLibrary":
+    """Compile the library in `folder` into a temporary one, and load it.
+
+    Raises:
+        VerificationError: it is not a library of this program, or does not compile.
+        EnvironmentFault: there is no compiler.
+    """
+    facts = _described(folder)
+    build = Path(tempfile.mkdtemp(prefix="bitfront-c-"))
+    shared = build / "library.so"
+    try:
+        compile_c([folder / f"{facts['name']}.c"], shared, ("-O3", "-shared", "-fPIC"))
+        library = LoadedLibrary(shared, facts)
+    except BaseException:
+        shutil.rmtree(build, ignore_errors=True)
+        raise
+    weakref.finalize(library, shutil.rmtree, build, ignore_errors=True)
+    return library
+
+
 class LoadedLibrary:
-    """A generated library, compiled into a temporary folder and loaded."""
+    """A generated library in this process; `level` says which kernels it uses."""
 
-    def __init__(self, folder: Path) -> None:
-        """Compile what lies in `folder`.
+    def __init__(self, shared: Path, facts: Mapping[str, Any], level: int = 9) -> None:
+        """Load the library that `facts` (of library.json) describe from a shared object.
 
-        Raises:
-            VerificationError: it is not a library of this program, or does not compile.
-            EnvironmentFault: there is no compiler.
+        Args:
+            shared: the shared object.
+            facts: name, inputs, outputs.
+            level: of the kernels, at most: 0 portable, 1 AVX2, 2 AVX-512 VNNI.
         """
-        self.facts = _described(folder)
-        name = self.facts["name"]
-        build = Path(tempfile.mkdtemp(prefix="bitfront-c-"))
-        weakref.finalize(self, shutil.rmtree, build, ignore_errors=True)
-        shared = build / f"{name}.so"
-        compile_c([folder / f"{name}.c"], shared, ("-O3", "-shared", "-fPIC"))
+        self.facts = facts
+        name = facts["name"]
         self._library = ctypes.CDLL(str(shared))
         self._functions = self._bind(name)
-        self.level = int(self._library[f"{name}_init"](9))
+        self.level = int(self._library[f"{name}_init"](level))
 
     def _bind(self, name: str) -> tuple[Any, list[Any], list[Any]]:
         run = self._library[f"{name}_run"]
@@ -143,9 +160,7 @@ class LoadedLibrary:
                 put(x[sample].ctypes.data)
             run()
             for get, codes in zip(gets, out, strict=True):
-                codes[sample].reshape(-1)[:] = np.frombuffer(
-                    get().contents, get.restype._type_._type_
-                )
+                codes[sample].reshape(-1)[:] = np.ctypeslib.as_array(get().contents)
         return out
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:

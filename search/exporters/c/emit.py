@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant_ops.requantize import Rescale
-from search.exporters.c.fast import FastConv, plan_fast
+from search.exporters.c.fast import plan_fast
 from search.exporters.c.memory import cache_lines, lay_out, rounded
 from search.exporters.c.network import (
     TYPES,
@@ -282,8 +282,8 @@ class _Emitter:
         numbers: list[int | Sequence[int]] = [
             _type(op.source), _type(op.target), op.source.codes.zero_point, r.zero_point, r.low,
             r.high, op.sizes, op.out_sizes, op.kernel, op.stride, op.padding, op.dilation,
-            op.spread, op.channels, op.out_channels, op.groups, len(rows.blocks),
-            int(op.bits == 64), n_shared,
+            op.spread, op.channels, op.out_channels, op.groups, len(rows.blocks), n_shared,
+            int(op.bits == 64), int(not rows.fits_int8),
         ]  # fmt: skip
         self.n_constant_bytes += 4 * sum(1 if isinstance(n, int) else len(n) for n in numbers)
         text = ", ".join(
@@ -292,7 +292,6 @@ class _Emitter:
         )
         self.constants.append(f"static const bf_conv c{index} = {{{text}}};")
         literal = f"{data}, b{index}, {addends}, {order}, {constants}"
-        fast = self.fast.get(index)
         where = f"{self._at(op.source)}, {self._at(op.target)}"
         lines = [
             "    {",
@@ -301,12 +300,12 @@ class _Emitter:
             f"(int16_t *)(void *)(arena + {self.row_at}));",
             "    }",
         ]
-        if fast is not None:
-            self._fast(index, op, fast, literal)
+        if index in self.fast:
+            self._repack(index, literal)
             lines = [
                 "#if BF_X86",
                 "    if (LEVEL > 0)",
-                f"        bf_fast(&f{index}, LEVEL, {where}, arena + {self.padded_at}, "
+                f"        bf_fast(&c{index}, LEVEL, {where}, arena + {self.padded_at}, "
                 f"arena + {self.fast_at[index]});",
                 "    else",
                 "#endif",
@@ -314,16 +313,11 @@ class _Emitter:
             ]
         self.body += lines
 
-    def _fast(self, index: int, op: Conv, fast: FastConv, literal: str) -> None:
-        self.constants += [
-            "#if BF_X86",
-            f"static const bf_fast_conv f{index} = {{{fast.literal()}}};",
-            "#endif",
-        ]
+    def _repack(self, index: int, literal: str) -> None:
         self.repacking += [
             "        {",
             f"            const bf_rows rows = bf_rows_of({literal});",
-            f"            bf_repack(&f{index}, &c{index}, &rows, "
+            f"            bf_repack(&c{index}, &rows, "
             f"(int16_t *)(void *)(arena + {self.row_at}), arena + {self.fast_at[index]});",
             "        }",
         ]

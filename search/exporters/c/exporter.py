@@ -12,7 +12,7 @@ from quant_ops.lowering import lower
 from quant_ops.packed import PackedModel
 from search.budget import format_size
 from search.exporters.base import Companions, Exporter, Refusal, Runner
-from search.exporters.c.compiler import LoadedLibrary, compile_c, find_compiler, sections
+from search.exporters.c.compiler import compile_c, find_compiler, load_library, sections
 from search.exporters.c.project import expected, generate, vectors
 from search.exporters.c.translate import Inexpressible
 
@@ -42,7 +42,7 @@ class CExporter(Exporter):
         (path / "vectors.bin").write_bytes(vectors(inputs, outputs))
 
     def open(self, path: Path) -> Runner:
-        return LoadedLibrary(path)
+        return load_library(path)
 
     def snippet(self, path: Path) -> str:
         return f"make -C {path} check"

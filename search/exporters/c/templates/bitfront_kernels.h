@@ -33,7 +33,9 @@ typedef struct {
 typedef struct {
     int32_t in_type, out_type, in_zero, zero, low, high;
     int32_t in[3], out[3], kernel[3], stride[3], pad[3], dilation[3], spread[3];
-    int32_t channels, out_channels, groups, n_blocks, wide, n_shared;
+    int32_t channels, out_channels, groups, n_blocks, n_shared;
+    int32_t wide;   /* sums of 64 bits */
+    int32_t scaled; /* some weights do not fit 8 bits */
 } bf_conv;
 
 typedef struct {

@@ -23,14 +23,50 @@ enum { BF_LANES = 16 };
 /* A layer for these kernels. Each output position reads `runs` stretches of `length` bytes. */
 typedef struct {
     int32_t in_h, in_w, channels, out_h, out_w, out_channels, groups;
-    int32_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
+    int32_t stride_h, stride_w, dilation_h, dilation_w;
     int32_t top, left, padded_h, padded_w;
     int32_t runs, per_line, length; /* runs in all, runs of one kernel row, bytes of a run */
     int32_t flip;                   /* 128 for signed activations: added to them */
-    int32_t zero_in, out_signed, zero, low, high;
+    int32_t zero_in, is_long, zero, low, high; /* is_long: 32-bit results */
     int32_t scaled;                 /* weight = factor * byte + addend, else the byte itself */
     int32_t copies;                 /* activations are padded or flipped: read from a copy */
 } bf_fast_conv;
+
+static inline bf_fast_conv bf_fast_of(const bf_conv *c)
+{
+    bf_fast_conv f;
+    const int32_t per_group = c->channels / c->groups;
+    const int32_t merges = c->groups == 1 && c->dilation[2] == 1; /* taps of a row side by side */
+    f.in_h = c->in[1];
+    f.in_w = c->in[2];
+    f.channels = c->channels;
+    f.out_h = c->out[1];
+    f.out_w = c->out[2];
+    f.out_channels = c->out_channels;
+    f.groups = c->groups;
+    f.stride_h = c->stride[1];
+    f.stride_w = c->stride[2];
+    f.dilation_h = c->dilation[1];
+    f.dilation_w = c->dilation[2];
+    f.top = c->pad[1];
+    f.left = c->pad[2];
+    f.padded_h = (f.out_h - 1) * f.stride_h + (c->kernel[1] - 1) * f.dilation_h + 1;
+    f.padded_w = (f.out_w - 1) * f.stride_w + (c->kernel[2] - 1) * f.dilation_w + 1;
+    if (f.padded_h < f.top + f.in_h) f.padded_h = f.top + f.in_h;
+    if (f.padded_w < f.left + f.in_w) f.padded_w = f.left + f.in_w;
+    f.per_line = merges ? 1 : c->kernel[2];
+    f.runs = c->kernel[1] * f.per_line;
+    f.length = merges ? per_group * c->kernel[2] : per_group;
+    f.flip = c->in_type == BF_INT8 ? 128 : 0;
+    f.zero_in = c->in_zero + f.flip;
+    f.is_long = c->out_type == BF_INT32;
+    f.zero = c->zero;
+    f.low = c->low;
+    f.high = c->high;
+    f.scaled = c->scaled;
+    f.copies = f.flip || f.padded_h != f.in_h || f.padded_w != f.in_w || f.length % 4;
+    return f;
+}
 
 /* Behind the weights of 16 channels. Even and odd channels apart, as 64-bit products want them. */
 typedef struct {
@@ -71,9 +107,9 @@ BF_INLINE void bf_fill(uint8_t *to, int32_t value, size_t n)
 }
 
 /* Weights and constants of a layer into `to`: per group and 16 channels the taps, then bf_lanes. */
-BF_KERNEL void bf_repack(const bf_fast_conv *f, const bf_conv *c, const bf_rows *rows,
-                         int16_t *row, uint8_t *to)
+BF_KERNEL void bf_repack(const bf_conv *c, const bf_rows *rows, int16_t *row, uint8_t *to)
 {
+    const bf_fast_conv plan = bf_fast_of(c), *f = &plan;
     const int32_t per_group = f->out_channels / f->groups;
     const int32_t bundles = (per_group + BF_LANES - 1) / BF_LANES, quads = bf_quads(f);
     const int32_t n = c->kernel[0] * c->kernel[1] * c->kernel[2] * (c->channels / c->groups);
@@ -174,7 +210,7 @@ BF_VNNI BF_INLINE void bf_finish_vnni(const bf_fast_conv *f, const bf_lanes *lan
     odd = _mm512_min_epi64(_mm512_max_epi64(odd, low), high);
     const __m512i both = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
     const __m512i codes = _mm512_add_epi32(both, _mm512_set1_epi32(f->zero));
-    if (f->out_signed == 2)
+    if (f->is_long)
         _mm512_mask_storeu_epi32(out, valid, codes);
     else
         _mm_mask_storeu_epi8(out, valid, _mm512_cvtepi32_epi8(codes));
@@ -213,7 +249,7 @@ BF_VNNI BF_INLINE void bf_finish_vnni(const bf_fast_conv *f, const bf_lanes *lan
             }                                                                                      \
         }                                                                                          \
         const size_t lanes = (size_t)(f->runs * quads) * 64u;                                      \
-        const size_t wide = f->out_signed == 2 ? 64 : 16;                                          \
+        const size_t wide = f->is_long ? 64 : 16;                                          \
         _Pragma("GCC unroll 16") for (int p = 0; p < POSITIONS; p++)                               \
         {                                                                                          \
             if (p < n) {                                                                           \
@@ -274,7 +310,7 @@ BF_AVX2 static void bf_tile_avx2(const bf_fast_conv *f, const uint8_t *const *in
 BF_INLINE uint8_t *bf_out_at(const bf_fast_conv *f, uint8_t *out, int32_t position, int32_t channel)
 {
     const size_t at = (size_t)position * (size_t)f->out_channels + (size_t)channel;
-    return out + (f->out_signed == 2 ? 4 : 1) * at;
+    return out + (f->is_long ? 4 : 1) * at;
 }
 
 BF_INLINE const uint8_t *bf_in_at(const bf_fast_conv *f, const uint8_t *in, int32_t position,
@@ -313,7 +349,7 @@ BF_AVX2 static void bf_conv_avx2(const bf_fast_conv *f, const uint8_t *in, uint8
                         const int32_t code = bf_rescale(
                             (int64_t)sum * lanes->multiplier[l] + lanes->offset[l & 1][l / 2],
                             (int32_t)lanes->shift[l & 1][l / 2], f->zero, f->low, f->high);
-                        if (f->out_signed == 2)
+                        if (f->is_long)
                             memcpy(to + 4 * l, &code, 4);
                         else
                             to[l] = (uint8_t)code;
@@ -371,9 +407,10 @@ BF_VNNI static void bf_conv_vnni(const bf_fast_conv *f, const uint8_t *in, uint8
 }
 
 /* A layer: copy with padding where it needs one, then the kernels of this level. */
-BF_KERNEL void bf_fast(const bf_fast_conv *f, int level, const void *in, void *out,
-                       uint8_t *padded, const uint8_t *weights)
+BF_KERNEL void bf_fast(const bf_conv *c, int level, const void *in, void *out, uint8_t *padded,
+                       const uint8_t *weights)
 {
+    const bf_fast_conv plan = bf_fast_of(c), *f = &plan;
     const uint8_t *from = (const uint8_t *)in;
     if (f->copies) {
         bf_pad(f, from, padded);

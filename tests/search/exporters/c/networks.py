@@ -1,6 +1,8 @@
-"""Random quantized networks for the tests of the C target."""
+"""Random quantized networks for the tests of the C target, and what their libraries compute."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,10 +13,13 @@ from quant_ops.candidate import Candidate, LayerQuant
 from quant_ops.edges import activation_edges
 from quant_ops.executor import Executor
 from quant_ops.graph import Layer
+from quant_ops.lowering import lower
 from quant_ops.packed import PackedModel
 from quant_ops.quantized import ActivationQuant, QuantizedModel
 from quant_ops.testing import random_model
 from search.capture import trace
+from search.exporters.c.compiler import LoadedLibrary, compile_c
+from search.exporters.c.project import DESCRIPTION, expected, generate, vectors
 
 SCHEMES = ("mid_tread", "mid_rise", "affine")
 
@@ -68,3 +73,33 @@ def random_packed(
     candidate = Candidate.of(layers, bits)
     model = QuantizedModel(graph, candidate, bare.layers, found, bare.float_params)
     return PackedModel.from_model(model)
+
+
+Case = tuple[PackedModel, Sequence[Tensor]]
+
+
+def assert_equal_to_referee(cases: Sequence[Case], folder: Path) -> None:
+    """Every output integer of every case; one call of the compiler for all of them."""
+    descriptions = []
+    for number, (packed, _) in enumerate(cases):
+        library = generate(packed, f"n{number}")
+        library.write(folder)
+        descriptions.append(json.loads(library.files[DESCRIPTION]))
+    shared = folder / "all.so"
+    sources = [folder / f"n{number}.c" for number in range(len(cases))]
+    compile_c(sources, shared, ("-O1", "-shared", "-fPIC"))
+    for number, (packed, inputs) in enumerate(cases):
+        arrays = [x.numpy() for x in inputs]
+        wanted = expected(lower(packed.model), arrays)
+        for used in (0, 1, 2):  # at most what the processor has
+            got = LoadedLibrary(shared, descriptions[number], used).integers(arrays)
+            for mine, theirs in zip(got, wanted, strict=True):
+                np.testing.assert_array_equal(mine, theirs, f"case {number}, level {used}")
+
+
+def write_project(packed: PackedModel, inputs: Sequence[Tensor], folder: Path) -> None:
+    """The folder as a user gets it, test vectors included."""
+    generate(packed, "network").write(folder)
+    arrays = [x.numpy() for x in inputs]
+    wanted = expected(lower(packed.model), arrays)
+    (folder / "vectors.bin").write_bytes(vectors(arrays, wanted))
