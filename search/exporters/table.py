@@ -7,6 +7,7 @@ from search.exporters.base import Exporter
 
 EXPORTERS = {
     "packed": "search.exporters.packed_file:PackedExporter",
+    "c": "search.exporters.c.exporter:CExporter",
     "onnx": "search.exporters.onnx_runtime:OnnxExporter",
     "torch": "search.exporters.torch_program:TorchExporter",
     "verilog": "search.exporters.verilog:VerilogExporter",

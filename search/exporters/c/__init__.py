@@ -1,0 +1,1 @@
+"""A packed model as a C99 library without dependencies."""
