@@ -28,10 +28,10 @@ try:
     from onnx import TensorProto, helper
 
     from cost_models.latency.onnx_timing import HELPER, IR_VERSION, OPSET, network, single_call
-except ImportError as error:  # the packages are an extra
+except ImportError as error:  # there is no wheel for every machine
     raise EnvironmentFault(
         f"the backend onnxruntime needs the packages onnx and onnxruntime ({error}); install them "
-        f"with pip install 'bitfront[onnx]'"
+        f"with pip install onnx onnxruntime"
     ) from error
 
 _runtime: Any = onnxruntime  # carries no types

@@ -89,7 +89,9 @@ class VerilogExporter(Exporter):
             f"outputs = VerilogExporter().open(Path({str(path)!r}))(inputs)  # Verilator runs it"
         )
 
-    def facts(self, packed: PackedModel, path: Path) -> Mapping[str, Any]:
+    def facts(
+        self, packed: PackedModel, path: Path, inputs: Sequence[torch.Tensor]
+    ) -> Mapping[str, Any]:
         ports = json.loads((path / PORTS).read_text())
         return {
             "adder_cost_da4ml": round(ports["adder_cost"]),
