@@ -198,7 +198,7 @@ class RuntimeMachine(TorchMachine):
         return self._summed(step.out, step.rescale, [self._average_sums(step)])
 
     def _lookup(self, step: Lookup) -> Any:
-        table = self._summed(step.out, step.rescale, [torch.from_numpy(step.weights)])
+        table = self._summed(step.out, step.rescale, [self._weights(step)])
         return table[self._values[step.sources[0]].long()]
 
     def _combine(self, step: Combine) -> Any:

@@ -45,7 +45,7 @@ class TorchMachine(Machine):
 
     def _convolution_sums(self, step: Convolution) -> Tensor:
         (x,) = self._centered(step)
-        dtype = _exact_dtype(step.bound)
+        dtype = self._exact_dtype(step.bound)
         x = x.to(dtype)
         if max(step.input_stride) > 1:
             sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], step.input_stride, strict=True)]
@@ -56,7 +56,7 @@ class TorchMachine(Machine):
         if any(a != b or a < 0 for a, b in step.padding):
             x = F.pad(x, [n for pair in reversed(step.padding) for n in pair])
             padding = (0,) * len(padding)
-        weights = torch.from_numpy(step.weights).to(dtype)
+        weights = self._weights(step).to(dtype)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(padding) - 1]
         return convolve(x, weights, None, step.stride, padding, step.dilation, step.groups)
 
@@ -65,11 +65,14 @@ class TorchMachine(Machine):
 
     def _matmul_sums(self, step: MatMul) -> Tensor:
         (x,) = self._centered(step)
-        dtype = _exact_dtype(step.bound)
-        return F.linear(x.to(dtype), torch.from_numpy(step.weights).to(dtype))
+        dtype = self._exact_dtype(step.bound)
+        return F.linear(x.to(dtype), self._weights(step).to(dtype))
+
+    def _weights(self, step: Convolution | MatMul | Lookup) -> Tensor:
+        return torch.from_numpy(step.weights)
 
     def _lookup(self, step: Lookup) -> Any:
-        table = self._rescale(step.rescale, torch.from_numpy(step.weights))
+        table = self._rescale(step.rescale, self._weights(step))
         return table[self._values[step.sources[0]].long()]
 
     def _average(self, step: Average) -> Any:
@@ -93,7 +96,6 @@ class TorchMachine(Machine):
         parts = zip(step.rescales, self._centered(step), strict=True)
         return torch.cat([self._rescale(rescale, x) for rescale, x in parts], step.axis)
 
-
-def _exact_dtype(bound: int) -> torch.dtype:
-    assert bound < FLOAT64_EXACT  # 2^37 weights in one channel
-    return torch.float32 if bound < FLOAT32_EXACT else torch.float64
+    def _exact_dtype(self, bound: int) -> torch.dtype:
+        assert bound < FLOAT64_EXACT  # 2^37 weights in one channel
+        return torch.float32 if bound < FLOAT32_EXACT else torch.float64

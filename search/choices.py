@@ -149,7 +149,7 @@ def _groups(layer: Layer, granularity: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _edges(graph: Graph, config: RunConfig, target: TargetCapabilities) -> tuple[EdgeChoice, ...]:
-    widths = config.activation_bits or target.activation_bits
+    widths = config.activation_bits or target.usual_activation_bits or target.activation_bits
     if not widths:
         pinned = next((p for p in config.pins if p.startswith(EDGE_PREFIX)), None)
         if pinned is not None:

@@ -15,6 +15,7 @@ from search.config import RunConfig, read_config, write_config
 from search.context import Limits, Listener, RunContext
 from search.dominance import HypervolumeScale
 from search.evaluation import CODED, within
+from search.exporters.foresight import require_target_runs
 from search.finish import Checked, check_trials, packed_path
 from search.front import BASELINES, FrontInfo, ParetoFront
 from search.interactive import save_html
@@ -86,6 +87,7 @@ def run_search(
         require_training(task, config)
     listener.on_phase("measuring the float model")
     require_sound_float(prepared)
+    require_target_runs(prepared)
     info = front_info(prepared, asked)
     if resume:
         info = replace(info, float_test=float_test_of(folder))

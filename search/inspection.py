@@ -13,6 +13,7 @@ from search.budget import Budgets, format_cost, format_size
 from search.config import DEFAULT_TRIALS, RunConfig
 from search.durations import format_duration
 from search.engine import require_reachable
+from search.exporters.foresight import foreseen_refusals
 from search.prepare import Prepared, prepare
 from search.space import SearchSpace
 from search.strategies.distortion import n_probes
@@ -57,6 +58,7 @@ class Inspection:
     n_probes: int
     seconds_per_evaluation: float
     expected_seconds: float
+    refusals: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value."""
@@ -80,6 +82,7 @@ class Inspection:
             "budgets": dict(self.budgets),
             "seconds_per_evaluation": self.seconds_per_evaluation,
             "expected_seconds": self.expected_seconds,
+            "target_refuses": list(self.refusals),
         }
 
     def print(self) -> None:
@@ -104,6 +107,10 @@ class Inspection:
             console.print("Channels that can only be removed together:")
             for names, n in self.ties.items():
                 console.print(f"  {n} of {', '.join(names)}", highlight=False, soft_wrap=True)
+        if self.refusals:
+            console.print("The target cannot run, so that a search for it would be refused:")
+            for refusal in self.refusals:
+                console.print(f"  {refusal}", highlight=False, soft_wrap=True, markup=False)
         reach = Table(title="reachable")
         for column in ("cost", "from", "to", "budget"):
             reach.add_column(column, justify="left" if column == "cost" else "right")
@@ -149,6 +156,7 @@ def inspect_task(task: Task, config: RunConfig) -> Inspection:
         n_probes=n_probes(space),
         seconds_per_evaluation=seconds,
         expected_seconds=trials * seconds + n_probes(space) * probe_seconds,
+        refusals=tuple(str(refusal) for refusal in foreseen_refusals(prepared)),
     )
 
 

@@ -6,6 +6,8 @@ from quant_ops.bit_widths import BIT_WIDTHS
 from quant_ops.errors import UsageError
 from quant_ops.graph import Layer
 
+NARROW = tuple(range(2, 9))
+
 
 @dataclass(frozen=True, slots=True)
 class TargetCapabilities:
@@ -18,6 +20,9 @@ class TargetCapabilities:
         activation_bits: legal activation widths; empty: activations may stay float.
         granularity: finest unit that may have a width of its own.
         removes_channels: whether width 0 is allowed.
+        usual_activation_bits: what is searched where `--activation-bits` is not given.
+        integer_only: operators without an integer form cannot run there.
+        exporter: which exporter's refusals hold for it; empty: none.
     """
 
     name: str
@@ -26,6 +31,9 @@ class TargetCapabilities:
     activation_bits: tuple[int, ...] = ()
     granularity: str = "channel"
     removes_channels: bool = True
+    usual_activation_bits: tuple[int, ...] = ()
+    integer_only: bool = False
+    exporter: str = ""
 
     def widths_for(self, layer: Layer) -> tuple[float, ...]:
         """Legal widths of one layer, ascending."""
@@ -57,6 +65,30 @@ TARGETS: dict[str, TargetCapabilities] = {
             {"linear": (2, 4, 8), "*": (8,)},
             granularity="layer",
             removes_channels=False,
+        ),
+        TargetCapabilities(
+            "onnx",
+            "ONNX Runtime: every width is stored, activations of up to 8 bits run in integers",
+            {"*": BIT_WIDTHS},
+            activation_bits=NARROW,
+            usual_activation_bits=(8,),
+            exporter="onnx",
+        ),
+        TargetCapabilities(
+            "c",
+            "microcontrollers and other C compilers: integers only, every width",
+            {"*": BIT_WIDTHS},
+            activation_bits=NARROW,
+            usual_activation_bits=(8,),
+            integer_only=True,
+            exporter="c",
+        ),
+        TargetCapabilities(
+            "fpga",
+            "unrolled or streamed logic: integers only, a width for every channel",
+            {"*": BIT_WIDTHS},
+            activation_bits=NARROW,
+            integer_only=True,
         ),
     )
 }

@@ -9,6 +9,7 @@ EXPORTERS = {
     "packed": "search.exporters.packed_file:PackedExporter",
     "c": "search.exporters.c.exporter:CExporter",
     "onnx": "search.exporters.onnx_runtime:OnnxExporter",
+    "torch": "search.exporters.torch_program:TorchExporter",
 }
 
 
