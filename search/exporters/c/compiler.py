@@ -145,9 +145,16 @@ class LoadedLibrary:
             gets.append(get)
         return run, puts, gets
 
+    def infer(self, addresses: Sequence[int]) -> None:
+        """One sample, without its outputs: float32 inputs lie at `addresses`."""
+        run, puts, _ = self._functions
+        for put, address in zip(puts, addresses, strict=True):
+            put(address)
+        run()
+
     def integers(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[np.int32]]:
         """Output codes of a batch."""
-        run, puts, gets = self._functions
+        gets = self._functions[2]
         batch = [np.ascontiguousarray(x, np.float32) for x in inputs]
         sizes = [list(x.shape[1:]) for x in batch]
         if sizes != self.facts["inputs"]:
@@ -156,9 +163,7 @@ class LoadedLibrary:
             )
         out = [np.empty((len(batch[0]), *o["sizes"]), np.int32) for o in self.facts["outputs"]]
         for sample in range(len(batch[0])):
-            for put, x in zip(puts, batch, strict=True):
-                put(x[sample].ctypes.data)
-            run()
+            self.infer([x[sample].ctypes.data for x in batch])
             for get, codes in zip(gets, out, strict=True):
                 codes[sample].reshape(-1)[:] = np.ctypeslib.as_array(get().contents)
         return out

@@ -160,10 +160,10 @@ static inline int32_t bf_dot(const void *data, int32_t type, size_t at, const in
     int32_t sum = 0;
     if (type == BF_UINT8) {
         const uint8_t *x = (const uint8_t *)data + at;
-        for (int32_t i = 0; i < n; i++) sum += row[i] * (x[i] - zero);
+        for (int32_t i = 0; i < n; i++) sum += row[i] * (int16_t)(x[i] - zero); /* a product of */
     } else if (type == BF_INT8) {
         const int8_t *x = (const int8_t *)data + at;
-        for (int32_t i = 0; i < n; i++) sum += row[i] * (x[i] - zero);
+        for (int32_t i = 0; i < n; i++) sum += row[i] * (int16_t)(x[i] - zero); /* 16 bits */
     } else {
         for (int32_t i = 0; i < n; i++)
             sum += row[i] * (bf_load(data, type, at + (size_t)i) - zero);

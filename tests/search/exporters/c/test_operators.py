@@ -225,4 +225,5 @@ def test_every_operator_gives_the_integers_of_the_referee(bits: str, tmp_path: P
         torch.manual_seed(seed)
         x = torch.randn(5, *shape)
         cases.append((random_packed(net, (x,), seed, activation_bits=ACTIVATIONS[bits]), (x,)))
-    assert_equal_to_referee(cases, tmp_path)
+    levels = 3 if bits == "8 bits" else 1  # other widths have no kernels of their own
+    assert_equal_to_referee(cases, tmp_path, levels=levels)
