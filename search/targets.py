@@ -85,10 +85,11 @@ TARGETS: dict[str, TargetCapabilities] = {
         ),
         TargetCapabilities(
             "fpga",
-            "unrolled or streamed logic: integers only, a width for every channel",
+            "unrolled logic: integers only, a width for every channel",
             {"*": BIT_WIDTHS},
             activation_bits=NARROW,
             integer_only=True,
+            exporter="verilog",
         ),
     )
 }
