@@ -19,6 +19,9 @@ from quant_ops.stored import StoredBias, StoredScale
 def reduced_model(model: QuantizedModel) -> QuantizedModel:
     """The smaller network that computes the same: what a generated program should hold.
 
+    Codes are equal. The unit of an output may be smaller: absent columns of mid-rise channels have
+    no code for 0, and what a reader puts there counts in the proven range of the whole model.
+
     Names stay. A layer that loses input channels and has several scales per channel becomes a
     float layer, since groups of scales no longer cover equal numbers of weights.
     """

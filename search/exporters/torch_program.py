@@ -12,6 +12,7 @@ from quant_ops.errors import VerificationError
 from quant_ops.lowering import lower
 from quant_ops.packed import PackedModel
 from quant_ops.reduced import reduced_model
+from quant_ops.reference import run_torch
 from search.exporters.base import Companions, Exporter, Outputs, Promise, Refusal, Runner
 from search.exporters.manifest import VECTORS
 
@@ -25,7 +26,7 @@ class TorchExporter(Exporter):
 
     name = "torch"
     summary = "a torch.export program (.pt2) with packed weights, for torch alone"
-    exactness = "every output integer equals the reference, on every machine"
+    exactness = "every integer equals the reference without removed channels, on every machine"
 
     def refusals(self, packed: PackedModel) -> Sequence[Refusal]:
         return ()
@@ -68,6 +69,13 @@ class TorchExporter(Exporter):
             f"vectors = load_file({str(path / VECTORS)!r})\n"
             "outputs = model(*(vectors[k] for k in sorted(vectors) if k.startswith('input')))"
         )
+
+    def expected(self, packed: PackedModel, inputs: Sequence[Tensor]) -> Outputs:
+        """The reference without removed channels: half-step codes of absent columns count in
+        the proven range of an output, so its unit may be smaller than that of the whole model."""
+        program = lower(reduced_model(packed.model))
+        values = run_torch(program, [x.numpy() for x in inputs]).values
+        return [torch.as_tensor(value) for value in values]
 
     def promise(self, packed: PackedModel) -> Promise:
         program = lower(reduced_model(packed.model))

@@ -44,8 +44,11 @@ def assert_equal_to_mode(model: QuantizedModel, inputs: tuple[Tensor, ...]) -> o
     assert program.float_islands == ()
     full = run_torch(lower(model), [x.numpy() for x in inputs])
     less = run_torch(program, [x.numpy() for x in inputs])
-    for a, b in zip(full.values, less.values, strict=True):
-        np.testing.assert_array_equal(a, b)
+    for number, a, b in zip(program.outputs, full.values, less.values, strict=True):
+        codes = program.codes[number]
+        assert codes is not None
+        # half-step codes of absent columns may make the output's unit larger in the whole model
+        np.testing.assert_allclose(a, b, rtol=0, atol=4 * codes.scale)
     content = onnx_bytes(model, {})
     run = runner_of(content, Path("model.onnx"))
     for batch in (inputs, tuple(with_batch(x, 3) for x in inputs)):
@@ -255,7 +258,7 @@ def fuzz(seed: int) -> None:
         ]
         channels = out
     layers += [nn.AdaptiveAvgPool2d(int(rng.integers(1, 3))), nn.Flatten()]
-    x = images(2, 3, 9, 10, seed=seed)
+    x = images(2, 3, 17, 18, seed=seed)
     layers.append(nn.Linear(nn.Sequential(*layers)(x).shape[1], int(rng.integers(1, 5))))
     model = random_model(
         nn.Sequential(*layers), x, seed=seed, widths=BIT_WIDTHS, activation_bits=(2, 4, 8)
