@@ -134,7 +134,7 @@ def _measuring(
             "metric": f"{metric.name} {metric.format(measured.metric)} on validation",
             "quality_loss": measured.loss,
             **beside,
-            **times_beside_float(runner, baseline, name, inputs),
+            **({} if exporter.is_simulated else times_beside_float(runner, baseline, name, inputs)),
         }
 
     return measure

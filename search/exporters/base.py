@@ -126,6 +126,7 @@ class Exporter(ABC):
     exactness: ClassVar[str]  # one sentence: what equals the referee, what is only close
     is_file: ClassVar[bool] = False
     needs_integers: ClassVar[bool] = False  # activations must be quantized
+    is_simulated: ClassVar[bool] = False  # what runs is a simulator: its time says nothing
     tolerance: ClassVar[float] = 0.0  # allowed difference from `expected`; 0: equal bit for bit
 
     @abstractmethod

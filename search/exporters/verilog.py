@@ -35,6 +35,7 @@ class VerilogExporter(Exporter):
     summary = "fully unrolled logic for an FPGA, through da4ml; small networks"
     exactness = "every integer equals the code-domain reference's"
     needs_integers = True
+    is_simulated = True
 
     def refusals(self, packed: PackedModel) -> Sequence[Refusal]:
         return refusals(lower(packed.model), packed.model.graph)
