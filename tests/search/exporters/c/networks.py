@@ -2,20 +2,22 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quant_ops.bit_widths import BIT_WIDTHS
+from quant_ops.bit_widths import BIT_WIDTHS, LEVELS
 from quant_ops.candidate import Candidate, LayerQuant
 from quant_ops.edges import activation_edges
 from quant_ops.executor import Executor
 from quant_ops.graph import Layer
 from quant_ops.lowering import lower
 from quant_ops.packed import PackedModel
-from quant_ops.quantized import ActivationQuant, QuantizedModel
+from quant_ops.quantized import ActivationQuant, QuantizedLayer, QuantizedModel
+from quant_ops.stored import StoredScale
 from quant_ops.testing import random_model
 from search.capture import trace
 from search.exporters.c.compiler import LoadedLibrary, compile_c
@@ -32,8 +34,12 @@ def random_packed(
     widths: Sequence[float] = BIT_WIDTHS,
     schemes: Sequence[str] = SCHEMES,
     activation_bits: Sequence[int] = (8,),
+    deep: bool = False,
 ) -> PackedModel:
-    """Random codes in every layer, mixed widths in most; ranges from the values that arise."""
+    """Random codes in every layer, mixed widths in most; ranges from the values that arise.
+
+    deep: scales small enough that values do not grow from layer to layer.
+    """
     rng = np.random.default_rng(seed)
     traced = trace(net.eval(), tuple(x[:1] for x in inputs))
     graph = traced.graph
@@ -52,6 +58,9 @@ def random_packed(
         if edge.kind != "output"
     }
     bare = random_model(graph, traced.params, Candidate.of(layers), seed)
+    if deep:
+        tamed = {name: _tamed(graph.layer_of[name], q) for name, q in bare.layers.items()}
+        bare = replace(bare, layers=tamed)
     found: dict[str, ActivationQuant] = {}
 
     def ranging(name: str):  # type: ignore[no-untyped-def]
@@ -73,6 +82,17 @@ def random_packed(
     candidate = Candidate.of(layers, bits)
     model = QuantizedModel(graph, candidate, bare.layers, found, bare.float_params)
     return PackedModel.from_model(model)
+
+
+def _tamed(layer: Layer, quantized: QuantizedLayer) -> QuantizedLayer:
+    scales = {
+        width: StoredScale(
+            np.float32(float(stored.base) / (layer.weights_per_channel**0.5 * LEVELS[width] / 2)),
+            stored.ratio,
+        )
+        for width, stored in quantized.scales.items()
+    }
+    return replace(quantized, scales=scales)
 
 
 Case = tuple[PackedModel, Sequence[Tensor]]

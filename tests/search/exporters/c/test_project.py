@@ -136,7 +136,7 @@ def test_nothing_of_libc_but_memcpy_is_called(project: Path, tmp_path: Path) -> 
 def test_resnet20_is_equal(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 32, 32)
-    packed = random_packed(CifarResNet(20), (x,), 0)
+    packed = random_packed(CifarResNet(20), (x,), 0, deep=True)
     write_project(packed, (x,), tmp_path)
     assert "4 samples, 0 output integers differ" in make(tmp_path, "check", "CFLAGS=-O2")
 
