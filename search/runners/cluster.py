@@ -20,7 +20,7 @@ from search.tasks.table import FILE_MODULE
 
 log = logging.getLogger("bitfront.runners")
 
-CALL_SECONDS = 5.0  # of a call: results still come in steadily
+CALL_SECONDS = 10.0  # of a call at most: every call starts anew what its jobs have in common
 MAX_JOBS_PER_CALL = 32
 MAX_LOSSES = 3  # a job that takes this many workers down with it is at fault itself
 START_SECONDS = 300.0
@@ -121,11 +121,11 @@ class Cluster(Runner):
                 ray.cancel(call, force=False)
 
     def _next_chunk(self, waiting: deque[int]) -> list[int]:
-        """Neighbours, which share work; fewer towards the end, so that no worker waits long."""
-        share = -(-len(waiting) // (2 * self.n_workers))
+        """Neighbours, which share work: an equal part, as far as it is done in time."""
+        share = -(-len(waiting) // self.n_workers)
         in_time = int(CALL_SECONDS / self._seconds_per_job)
         size = max(1, min(share, in_time, MAX_JOBS_PER_CALL))
-        return [waiting.popleft() for _ in range(min(size, len(waiting)))]
+        return [waiting.popleft() for _ in range(size)]
 
     def _hung(self, running: dict[Any, tuple[int, list[int], float]]) -> list[Any]:
         now = time.monotonic()
