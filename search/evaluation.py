@@ -85,6 +85,15 @@ def within(budgets: Mapping[str, float], costs: Mapping[str, float]) -> bool:
     return all(costs[name] <= limit for name, limit in budgets.items())
 
 
+def excess(budgets: Mapping[str, float], costs: Mapping[str, float]) -> dict[str, float]:
+    """Cost name to how far it is above its limit, in units of the limit; not above 0 where it fits.
+
+    >>> excess({"lut": 10, "dsp": 0}, {"lut": 15, "dsp": 3})
+    {'lut': 0.5, 'dsp': 3.0}
+    """
+    return {name: (costs[name] - limit) / (limit or 1.0) for name, limit in budgets.items()}
+
+
 def share_saved(evaluations: Iterable[Evaluation]) -> float:
     """The share of forward passes that early stopping saved, of all that plain trials ask for."""
     plain = [e for e in evaluations if not e.recipe]

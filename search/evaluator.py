@@ -28,7 +28,7 @@ from search.data import Split
 from search.early_stop import Incumbent
 from search.evaluation import ESTIMATE, SAMPLES, SAMPLES_LEFT, Evaluation
 from search.judge import Judge, Measurement, Tally, are_logits
-from search.prefix import Network, PrefixRunner
+from search.prefix import Network, PrefixRunner, beginning
 from search.quality import QualityLoss
 from search.strategy import ChannelFacts, ChannelLosses
 from search.task import Metric
@@ -208,7 +208,8 @@ class Evaluator:
         split: str,
         incumbents: Sequence[Incumbent | None] = (),
     ) -> list[Tally]:
-        order = sorted(range(len(candidates)), key=lambda i: self._sort_key(candidates[i]))
+        layers = [layer.name for layer in self.traced.graph.searchable_layers]
+        order = sorted(range(len(candidates)), key=lambda i: beginning(candidates[i], layers))
         ordered = [candidates[i] for i in order]
         networks = [(self.bank.params(c), self._quantizers(c)) for c in ordered]
         rivals = [incumbents[i] for i in order] if incumbents else ()
@@ -275,15 +276,6 @@ class Evaluator:
         if math.isfinite(stop.estimate):
             notes[ESTIMATE] = stop.estimate
         return Evaluation(candidate, stop.bound, None, {}, pruned=True, notes=notes)
-
-    def _sort_key(self, candidate: Candidate) -> tuple[str, ...]:
-        """Candidates that begin alike come together."""
-        assignment, edges = candidate.assignment, candidate.activation_bits
-        layers = (assignment.get(layer.name) for layer in self.traced.graph.searchable_layers)
-        return (
-            *(str(edges[name]) for name in sorted(edges)),
-            *("" if quant is None else quant.to_text() for quant in layers),
-        )
 
     def transforms(self, candidate: Candidate) -> dict[int, Transform]:
         """Node index to fake quantizer, for every quantized edge of the candidate."""

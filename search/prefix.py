@@ -1,11 +1,12 @@
 """Runs networks that begin alike: what they have in common is computed once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
 from torch import Tensor
 
+from quant_ops.candidate import Candidate
 from quant_ops.executor import Executor
 from quant_ops.graph import Params, params_in
 from quant_ops.quantized import ActivationQuant
@@ -13,6 +14,21 @@ from quant_ops.quantized import ActivationQuant
 Network: TypeAlias = tuple[Params, Mapping[int, ActivationQuant]]
 Outputs: TypeAlias = tuple[Tensor, ...]
 MEMORY_BYTES = 512 << 20
+
+
+def beginning(candidate: Candidate, layers: Iterable[str]) -> tuple[str, ...]:
+    """Sorts candidates such that those that begin alike are neighbours.
+
+    Args:
+        candidate: of a network.
+        layers: names of its layers in execution order; one that is absent stays float.
+    """
+    assignment = candidate.assignment
+    quants = (assignment.get(name) for name in layers)
+    return (
+        *(str(bits) for _, bits in sorted(candidate.activations)),
+        *("" if quant is None else quant.to_text() for quant in quants),
+    )
 
 
 class PrefixRunner:

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from quant_ops.candidate import Candidate, LayerQuant
-from search.evaluation import Evaluation, within
+from search.evaluation import Evaluation, excess, within
 
 MAX_PARAMS = 6  # a parameter takes 120 bytes of the trial's 2 kB
 _COST, _NOTE = "cost ", "note "
@@ -85,11 +85,8 @@ def widths_from_text(text: str, layout: Layout) -> Candidate:
 
 def to_trial(evaluation: Evaluation, layout: Layout, budgets: Mapping[str, float]) -> FrozenTrial:
     """A whole finished trial; a pruned one carries its bound."""
-    constraints = {
-        name: (evaluation.costs[name] - limit) / max(abs(limit), 1.0)
-        for name, limit in budgets.items()
-        if name in evaluation.costs
-    }
+    known = {name: limit for name, limit in budgets.items() if name in evaluation.costs}
+    constraints = excess(known, evaluation.costs)
     params = layout.params(evaluation.candidate)
     distributions: dict[str, BaseDistribution] = {
         name: FloatDistribution(0.0, 8.0) for name in params

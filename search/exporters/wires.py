@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.fpga.sharing import signed_digits
 from quant_ops.narrow import NarrowRescale
 from quant_ops.program import Move
 
@@ -44,24 +45,13 @@ def _multiple(wire: Any, multiplier: int, unit: float) -> Any:
     da4ml keeps a symbol's place value, that of the first term of a sum, for good; with the lowest
     digit first it would drift by the whole shift at every layer, and out of what constants hold.
     """
-    terms = [wire * (sign * 2.0**place * unit) for place, sign in _signed_digits(multiplier)]
+    (digits,) = signed_digits(np.array([multiplier]))
+    places = np.flatnonzero(digits)[::-1].tolist()
+    terms = [wire * (float(digits[place]) * 2.0**place * unit) for place in places]
     while len(terms) > 1:
         pairs = [terms[i : i + 2] for i in range(0, len(terms), 2)]
         terms = [reduce(lambda a, b: a + b, pair) for pair in pairs]
     return terms[0]
-
-
-def _signed_digits(value: int) -> list[tuple[int, int]]:
-    """(place, sign) of the canonical signed-digit form, highest place first."""
-    digits, rest, place = [], abs(value), 0
-    while rest:
-        if rest % 2:
-            sign = 2 - rest % 4
-            digits.append((place, sign if value > 0 else -sign))
-            rest -= sign
-        rest //= 2
-        place += 1
-    return digits[::-1]
 
 
 def pooled(step: Move, source: Wires) -> Wires:

@@ -14,6 +14,7 @@ import torch
 from quant_ops.errors import EnvironmentFault
 from search.evaluation import Evaluation
 from search.evaluator import Evaluator
+from search.prefix import beginning
 from search.runners.base import Job, Runner
 from search.runners.in_process import measure_jobs
 from search.tasks.table import FILE_MODULE
@@ -93,7 +94,7 @@ class Cluster(Runner):
             ) from error
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Evaluation | float]]:
-        waiting = deque(sorted(range(len(jobs)), key=lambda i: _beginning(jobs[i])))
+        waiting = deque(_likeness_order(jobs))
         again: deque[list[int]] = deque()
         losses = [0] * len(jobs)
         running: dict[Any, tuple[int, list[int], float]] = {}
@@ -189,7 +190,8 @@ def start(address: str | None, n_workers: int) -> None:
         ) from error
 
 
-def _beginning(job: Job) -> tuple[Any, ...]:
-    """Sorts jobs such that candidates that begin alike are neighbours."""
-    candidate = job.candidate
-    return job.kind, sorted(candidate.activations), [str(layer) for layer in candidate.layers]
+def _likeness_order(jobs: Sequence[Job]) -> list[int]:
+    """Positions of jobs, those whose networks begin alike side by side."""
+    layers = list(dict.fromkeys(name for job in jobs for name, _ in job.candidate.layers))
+    keys = [(job.kind, beginning(job.candidate, layers)) for job in jobs]
+    return sorted(range(len(jobs)), key=keys.__getitem__)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from search.evaluation import Evaluation, within
+from search.evaluation import Evaluation, excess, within
 from search.strategies.proposals import Genome, fresh_batch
 from search.strategies.random_search import stratified
 from search.strategies.ranking import non_dominated_ranks
@@ -144,10 +144,7 @@ class OptunaSampler(Strategy):
                     name: optuna.distributions.IntDistribution(0, widest)
                     for name, (_, widest) in genes.items()
                 },
-                constraints={
-                    name: evaluation.costs[name] / max(limit, 1e-12) - 1
-                    for name, limit in context.budgets.items()
-                },
+                constraints=excess(context.budgets, evaluation.costs),
                 system_attrs={_generation_key(study): generation},
             )
         )

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from quant_ops.candidate import Candidate
 from search.cheapest import cheapest
-from search.evaluation import within
+from search.evaluation import excess, within
 from search.strategy import Context
 
 MUTATIONS = 40  # tries to leave a point that is known, before the proposal is dropped
@@ -53,8 +53,8 @@ def _toward_cheapest(
     context: Context, genome: Genome, generator: np.random.Generator, limits: Mapping[str, float]
 ) -> Genome:
     """Set genes in random order to those of the cheapest candidate until the budgets hold."""
-    costs = context.cost_of(context.space.smallest())
-    worst = max(limits, key=lambda name: costs[name] / limits[name])
+    over = excess(limits, context.cost_of(context.space.smallest()))
+    worst = max(over, key=lambda name: over[name])
     best = cheapest(context.space, lambda c: context.cost_of(c)[worst], limits[worst])
     goal = context.space.encode(best)
     moved = list(genome)

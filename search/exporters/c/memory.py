@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from cost_models.placement import place
 from search.exporters.c.network import Network, reads
 
 ALIGNMENT = 4  # of every buffer, in bytes: that of the widest code
@@ -10,32 +13,20 @@ CACHE_LINE = 64
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Offsets of the buffers (None: never used) and the bytes they take together."""
+    """Offsets of the buffers and the bytes they take together."""
 
     offsets: tuple[int, ...]
     n_bytes: int
 
 
 def lay_out(network: Network) -> Layout:
-    """Greedy by size: the largest buffer first, each at the lowest place that is free for it."""
+    """The shortest array that was found for the buffers; see `cost_models.placement`."""
     lives = lifetimes(network)
-    offsets: dict[int, int] = {}
-    end = 0
-    for buffer in sorted(lives, key=lambda b: (-network.buffers[b], lives[b])):
-        size = network.buffers[buffer]
-        taken = sorted(
-            (offsets[other], offsets[other] + network.buffers[other])
-            for other in offsets
-            if lives[other][0] <= lives[buffer][1] and lives[buffer][0] <= lives[other][1]
-        )
-        at = 0
-        for start, stop in taken:
-            if at + size <= start:
-                break
-            at = max(at, rounded(stop))
-        offsets[buffer] = at
-        end = max(end, at + size)
-    return Layout(tuple(offsets.get(b, 0) for b in range(len(network.buffers))), end)
+    profiles = np.zeros((len(network.buffers), len(network.operations) + 1), np.int64)
+    for buffer, (first, last) in lives.items():
+        profiles[buffer, first : last + 1] = rounded(network.buffers[buffer])
+    placed = place(profiles, int(profiles.sum(axis=0).max(initial=0)))
+    return Layout(placed.offsets, placed.total)
 
 
 def lifetimes(network: Network) -> dict[int, tuple[int, int]]:
