@@ -1,81 +1,33 @@
 """Operators without an integer form, and networks whose weights alone are quantized."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from quant_ops.graph import Ref
-from quant_ops.program import Call, Constant, StepArg
+from quant_ops.program import Call, Constant
 from search.exporters.onnx_graph.builder import ELEMENT_TYPES, Unsupported
+from search.exporters.onnx_graph.float_blocks import (
+    adaptive_average,
+    addmm,
+    attention,
+    average_pool,
+    batch_norm,
+    einsum,
+    group_norm,
+    joined,
+    layer_norm,
+    native_layer_norm,
+    reduce,
+    rms_norm,
+    softmax,
+    variance,
+)
+from search.exporters.onnx_graph.float_call import FloatCall, Put
 from search.exporters.onnx_graph.float_layers import FLOAT_LAYERS
 from search.exporters.onnx_graph.moves import MOVES, Moved
-from search.exporters.onnx_graph.state import Value, WriterState, argument, int_of, ints_of
-
-
-class FloatCall:
-    """One call: its arguments as names of values."""
-
-    def __init__(self, state: WriterState, step: Call) -> None:
-        self.state = state
-        self.step = step
-        self.b = state.builder
-        self.args = step.args
-        self.out_shape = state.graph.nodes[step.out].shape
-
-    def shape(self, position: int = 0) -> tuple[int, ...]:
-        """Shape of an argument for a batch of one."""
-        arg = self.args[position]
-        if isinstance(arg, Ref):
-            return self.state.graph.nodes[arg.index].shape
-        return arg.array.shape if isinstance(arg, Constant) else ()
-
-    def tensor(self, position: int, default: StepArg = None) -> str:
-        """An argument as a value; a plain number as float32, or int64 beside whole numbers."""
-        arg = argument(self.args, position, default)
-        if isinstance(arg, Ref):
-            return self.state.dequantized(arg.index) if self._has_codes(arg) else self._plain(arg)
-        if isinstance(arg, Constant):
-            return self.b.constant(arg.array)
-        if isinstance(arg, bool | int | float):
-            return self.b.constant(np.array(arg, self._dtype()))
-        raise Unsupported("one of its arguments is neither a tensor nor a number", "rewrite it")
-
-    def _plain(self, arg: Ref) -> str:
-        return self.state.value(arg.index)
-
-    def _has_codes(self, arg: Ref) -> bool:
-        return self.state.program.codes[arg.index] is not None
-
-    def _dtype(self) -> Any:
-        for arg in self.args:
-            if isinstance(arg, Ref):
-                dtype = self.state.graph.nodes[arg.index].dtype
-                return np.dtype(dtype or "int64")
-        return np.dtype("float32")
-
-    def number(self, position: int, default: float) -> float:
-        """A plain number among the arguments."""
-        arg = argument(self.args, position, default)
-        if isinstance(arg, int | float):
-            return float(arg)
-        raise Unsupported("one of its settings is computed while it runs", "fix it in the model")
-
-    def axis(self, position: int) -> int:
-        """An axis, counted from the front."""
-        return int_of(self.args[position]) % len(self.shape())
-
-    def put(self, op: str, *inputs: str, **attributes: Any) -> str:
-        """One operator."""
-        return self.b.node(op, inputs, **attributes)
-
-    def scalar(self, value: float) -> str:
-        """A float32 constant."""
-        return self.b.constant(np.float32(value))
-
-
-Put = Callable[[FloatCall], Value]
+from search.exporters.onnx_graph.state import Value, WriterState, argument, int_of
 
 
 def put_call(state: WriterState, step: Call) -> Value:
@@ -97,7 +49,7 @@ def _value(state: WriterState, step: Call) -> Value:
     if step.op in FLOAT_STEPS:
         return FLOAT_STEPS[step.op](call)
     if step.op in MOVES:
-        fill = call.b.constant(np.zeros((), call._dtype()))
+        fill = call.b.constant(np.zeros((), call.dtype()))
         moved = Moved(state, call.tensor(0), call.shape(), call.out_shape, step.args, fill, False)
         return MOVES[step.op](moved)
     raise Unsupported(
@@ -132,7 +84,7 @@ def _scaled_sum(op: str) -> Put:
         factor = argument(call.args, 2, 1)
         other = call.tensor(1)
         if factor != 1:
-            other = call.put("Mul", other, call.b.constant(np.array(factor, call._dtype())))
+            other = call.put("Mul", other, call.b.constant(np.array(factor, call.dtype())))
         return call.put(op, call.tensor(0), other)
 
     return put
@@ -148,7 +100,7 @@ def _reverse_sub(call: FloatCall) -> Value:
 
 def _divide_mode(call: FloatCall) -> Value:
     ratio = call.put("Div", call.tensor(0), call.tensor(1))
-    if argument(call.args, 2) == "floor" and np.dtype(call._dtype()).kind == "f":
+    if argument(call.args, 2) == "floor" and np.dtype(call.dtype()).kind == "f":
         return call.put("Floor", ratio)
     raise Unsupported("its rounding mode has no operator", "use floor on floats")
 
@@ -201,172 +153,6 @@ def _log1p(call: FloatCall) -> Value:
 
 def _not_equal(call: FloatCall) -> Value:
     return call.put("Not", call.put("Equal", call.tensor(0), call.tensor(1)))
-
-
-def _reduce(op: str) -> Put:
-    def put(call: FloatCall) -> Value:
-        given = argument(call.args, 1)
-        if given is None:
-            raise Unsupported("it reduces over the batch", "name the axes")
-        axes = [a % len(call.shape()) for a in ints_of(given)]
-        keep = int(bool(argument(call.args, 2, False)))
-        return call.put(op, call.tensor(0), call.b.ints(*axes), keepdims=keep)
-
-    return put
-
-
-def _variance(call: FloatCall) -> Value:
-    axes = [a % len(call.shape()) for a in ints_of(argument(call.args, 1, ()))]
-    correction = call.number(2, 1.0)
-    keep = int(bool(argument(call.args, 3, False)))
-    names, x = call.b.ints(*axes), call.tensor(0)
-    mean = call.put("ReduceMean", x, names, keepdims=1)
-    distance = call.put("Sub", x, mean)
-    square = call.put("ReduceSum", call.put("Mul", distance, distance), names, keepdims=keep)
-    count = math.prod(call.shape()[a] for a in axes) - correction
-    return call.put("Div", square, call.scalar(count))
-
-
-def _average_pool(call: FloatCall) -> Value:
-    rank = len(call.out_shape) - 2
-
-    def numbers(position: int, default: StepArg) -> list[int]:
-        given = ints_of(argument(call.args, position, default))
-        return given * rank if len(given) == 1 else given
-
-    kernel, padding = numbers(1, 1), numbers(3, 0)
-    if argument(call.args, 4, False) or argument(call.args, 6) is not None:
-        raise Unsupported("windows past the end, or a divisor of its own", "use plain windows")
-    return call.put(
-        "AveragePool", call.tensor(0), kernel_shape=kernel, strides=numbers(2, ()) or kernel,
-        pads=[*padding, *padding], count_include_pad=int(bool(argument(call.args, 5, True))),
-    )  # fmt: skip
-
-
-def _adaptive_average(call: FloatCall) -> Value:
-    rank = len(call.out_shape) - 2
-    sizes, wanted = call.shape()[-rank:], call.out_shape[-rank:]
-    if all(n == 1 for n in wanted):
-        axes = call.b.ints(*range(2, 2 + rank))
-        return call.put("ReduceMean", call.tensor(0), axes, keepdims=1)
-    if any(n % m for n, m in zip(sizes, wanted, strict=True)):
-        raise Unsupported("windows of several sizes have no operator", "pool to a divisor")
-    kernel = [n // m for n, m in zip(sizes, wanted, strict=True)]
-    return call.put("AveragePool", call.tensor(0), kernel_shape=kernel, strides=kernel)
-
-
-def _layer_norm(call: FloatCall) -> str:
-    normalized = ints_of(call.args[1])
-    axis = len(call.shape()) - len(normalized)
-    weight = argument(call.args, 2)
-    scale = call.tensor(2) if weight is not None else call.b.constant(
-        np.ones(normalized, np.float32)
-    )  # fmt: skip
-    inputs = [call.tensor(0), scale]
-    if argument(call.args, 3) is not None:
-        inputs.append(call.tensor(3))
-    epsilon = call.number(4, 1e-5)
-    return call.put("LayerNormalization", *inputs, axis=axis, epsilon=epsilon)
-
-
-def _native_layer_norm(call: FloatCall) -> Value:
-    return [_layer_norm(call), "", ""]
-
-
-def _rms_norm(call: FloatCall) -> Value:
-    normalized = ints_of(call.args[1])
-    scale = call.tensor(2) if argument(call.args, 2) is not None else call.b.constant(
-        np.ones(normalized, np.float32)
-    )  # fmt: skip
-    axis = len(call.shape()) - len(normalized)
-    epsilon = call.number(3, float(np.finfo(np.float32).eps))
-    return call.put("RMSNormalization", call.tensor(0), scale, axis=axis, epsilon=epsilon)
-
-
-def _group_norm(call: FloatCall) -> Value:
-    channels = call.shape()[1]
-    groups = int_of(call.args[1])
-    x = call.put("Reshape", call.tensor(0), call.b.ints(0, groups, -1))
-    ones, zeros = (call.b.constant(np.full(groups, v, np.float32)) for v in (1, 0))
-    epsilon = call.number(4, 1e-5)
-    x = call.put("InstanceNormalization", x, ones, zeros, epsilon=epsilon)
-    x = call.put("Reshape", x, call.b.ints(-1, *call.shape()[1:]))
-    for position, op in ((2, "Mul"), (3, "Add")):
-        param = argument(call.args, position)
-        if isinstance(param, Constant):
-            shape = (channels, *[1] * (len(call.shape()) - 2))
-            x = call.put(op, x, call.b.constant(param.array.reshape(shape)))
-    return x
-
-
-def _batch_norm(call: FloatCall) -> str:
-    names = [call.tensor(i) for i in range(5)]
-    return call.put("BatchNormalization", *names, epsilon=call.number(7, 1e-5))
-
-
-def _softmax(op: str) -> Put:
-    return lambda call: call.put(op, call.tensor(0), axis=call.axis(1))
-
-
-def _attention(call: FloatCall) -> Value:
-    q, k, v = (call.tensor(i) for i in range(3))
-    length, size = call.shape(0)[-2:]
-    rank = len(call.shape(0))
-    scale = argument(call.args, 6)
-    factor = float(scale) if isinstance(scale, int | float) else 1 / math.sqrt(size)
-    order = [*range(rank - 2), rank - 1, rank - 2]
-    scores = call.put("MatMul", q, call.b.node("Transpose", [k], perm=order))
-    scores = call.put("Mul", scores, call.scalar(factor))
-    if argument(call.args, 5, False):
-        n_keys = call.shape(1)[-2]
-        mask = np.where(np.tril(np.ones((length, n_keys), bool)), 0, -np.inf)
-        scores = call.put("Add", scores, call.b.constant(mask.astype(np.float32)))
-    if argument(call.args, 3) is not None:
-        arg = call.args[3]
-        number = arg.index if isinstance(arg, Ref) else -1
-        is_bool = (
-            call.state.graph.nodes[number].dtype == "bool"
-            if number >= 0
-            else isinstance(arg, Constant) and arg.array.dtype == np.bool_
-        )
-        mask_name = call.tensor(3)
-        if is_bool:
-            mask_name = call.put("Where", mask_name, call.scalar(0), call.scalar(-np.inf))
-        scores = call.put("Add", scores, mask_name)
-    return call.put("MatMul", call.put("Softmax", scores, axis=rank - 1), v)
-
-
-def _addmm(call: FloatCall) -> Value:
-    if call.number(3, 1.0) != 1 or call.number(4, 1.0) != 1:
-        raise Unsupported("its factors are not 1", "multiply beside it")
-    return call.put("Add", call.put("MatMul", call.tensor(1), call.tensor(2)), call.tensor(0))
-
-
-def _einsum(call: FloatCall) -> Value:
-    operands = call.args[1]
-    assert isinstance(operands, tuple)
-    names = [_operand(call, operand) for operand in operands]
-    return call.put("Einsum", *names, equation=str(call.args[0]).replace(" ", ""))
-
-
-def _operand(call: FloatCall, operand: StepArg) -> str:
-    if isinstance(operand, Ref):
-        return call.state.dequantized(operand.index) if call._has_codes(operand) else (
-            call.state.value(operand.index)
-        )  # fmt: skip
-    if isinstance(operand, Constant):
-        return call.b.constant(operand.array)
-    raise Unsupported("one of its operands is no tensor", "rewrite it")
-
-
-def _joined(call: FloatCall) -> Value:
-    operands = call.args[0]
-    assert isinstance(operands, tuple)
-    names = [_operand(call, operand) for operand in operands]
-    axis = int_of(argument(call.args, 1, 0)) % len(call.out_shape)
-    if call.step.op == "stack.default":
-        names = [call.put("Unsqueeze", name, call.b.ints(axis)) for name in names]
-    return call.put("Concat", *names, axis=axis)
 
 
 def _affine(call: FloatCall) -> Value:
@@ -496,12 +282,12 @@ FLOAT_STEPS: Mapping[str, Put] = {
     "square.default": _square,
     "rsqrt.default": _rsqrt,
     "log1p.default": _log1p,
-    "mean.dim": _reduce("ReduceMean"),
-    "sum.dim_IntList": _reduce("ReduceSum"),
-    "logsumexp.default": _reduce("ReduceLogSumExp"),
-    "var.correction": _variance,
+    "mean.dim": reduce("ReduceMean"),
+    "sum.dim_IntList": reduce("ReduceSum"),
+    "logsumexp.default": reduce("ReduceLogSumExp"),
+    "var.correction": variance,
     **dict.fromkeys(
-        ("avg_pool1d.default", "avg_pool2d.default", "avg_pool3d.default"), _average_pool
+        ("avg_pool1d.default", "avg_pool2d.default", "avg_pool3d.default"), average_pool
     ),
     **dict.fromkeys(
         (
@@ -509,19 +295,19 @@ FLOAT_STEPS: Mapping[str, Put] = {
             "adaptive_avg_pool2d.default",
             "adaptive_avg_pool3d.default",
         ),
-        _adaptive_average,
+        adaptive_average,
     ),
-    "layer_norm.default": _layer_norm,
-    "native_layer_norm.default": _native_layer_norm,
-    "rms_norm.default": _rms_norm,
-    "group_norm.default": _group_norm,
-    "batch_norm.default": _batch_norm,
-    **dict.fromkeys(("softmax.int", "_softmax.default"), _softmax("Softmax")),
-    **dict.fromkeys(("log_softmax.int", "_log_softmax.default"), _softmax("LogSoftmax")),
-    "scaled_dot_product_attention.default": _attention,
-    "addmm.default": _addmm,
-    "einsum.default": _einsum,
-    **dict.fromkeys(("cat.default", "stack.default"), _joined),
+    "layer_norm.default": layer_norm,
+    "native_layer_norm.default": native_layer_norm,
+    "rms_norm.default": rms_norm,
+    "group_norm.default": group_norm,
+    "batch_norm.default": batch_norm,
+    **dict.fromkeys(("softmax.int", "softmax.default"), softmax("Softmax")),
+    **dict.fromkeys(("log_softmax.int", "_log_softmax.default"), softmax("LogSoftmax")),
+    "scaled_dot_product_attention.default": attention,
+    "addmm.default": addmm,
+    "einsum.default": einsum,
+    **dict.fromkeys(("cat.default", "stack.default"), joined),
     "bitfront.channel_affine": _affine,
     "sym_size.int": _size,
     "size.add": _size_math("Add"),

@@ -1,4 +1,4 @@
-"""Genomes are narrowed until budgets hold, also where the narrowest candidate is not the cheapest."""
+"""Genomes are narrowed until budgets hold; the narrowest candidate need not be the cheapest."""
 
 import numpy as np
 
