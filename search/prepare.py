@@ -71,6 +71,9 @@ class EvaluatorSpec:
         )
         names = ALWAYS_COSTED + (() if self.fpga is None else FPGA_COSTS)
         settings = {} if self.fpga is None else {"fpga": self.fpga}
+        costs = [cost_model(name) for name in names]
+        if self.latency is not None:
+            costs.append(self.latency)
         return Evaluator(
             self.original,
             bank,
@@ -78,10 +81,7 @@ class EvaluatorSpec:
             quality_loss=self.quality_loss,
             by_target=self.by_target,
             metric=self.task_metric,
-            costs={
-                **{name: cost_model(name).bound(bank, settings) for name in names},
-                **({} if self.latency is None else {self.latency.name: self.latency}),
-            },
+            costs={cost.name: cost.bound(bank, settings) for cost in costs},
         )
 
 
