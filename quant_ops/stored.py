@@ -36,7 +36,7 @@ class StoredScale:
         wide = np.asarray(wanted, dtype=np.float64)
         top = float(wide.max(initial=0.0))
         base = np.float32(top if top > 0 else 1.0) * np.float32(32 / 31)
-        return cls._nearest(base, wide)
+        return cls.nearest_from(base, wide)
 
     def moved(self, factor: NDArray[np.floating]) -> "StoredScale":
         """The stored scales nearest to these times `factor` (broadcastable), on the same grid.
@@ -48,15 +48,16 @@ class StoredScale:
         base, top = self.base, float(wide.max(initial=0.0))
         while top > float(base) * TOP_RATIO * 1.016:
             base = np.float32(base * 2)
-        return self._nearest(base, wide)
+        return self.nearest_from(base, wide)
 
     @classmethod
-    def _nearest(cls, base: np.float32, wide: NDArray[np.float64]) -> Self:
+    def nearest_from(cls, base: np.float32, wanted: NDArray[np.floating]) -> Self:
+        """The stored scales nearest to `wanted` that share a given base."""
         grid = ratio_values().astype(np.float64) * float(base)
         log_grid = np.log2(grid[::-1])  # ascending
         middle = (log_grid[1:] + log_grid[:-1]) / 2
         with np.errstate(divide="ignore"):
-            position = np.searchsorted(middle, np.log2(wide))
+            position = np.searchsorted(middle, np.log2(np.asarray(wanted, np.float64)))
         return cls(base, (255 - position).astype(np.uint8))
 
     @property

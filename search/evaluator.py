@@ -156,13 +156,22 @@ class Evaluator:
         )
 
     def channel_losses(
-        self, widths: Mapping[str, Sequence[float]], split: str = "probe"
+        self,
+        widths: Mapping[str, Sequence[float]],
+        split: str = "probe",
+        bank: WeightBank | None = None,
     ) -> ChannelLosses:
-        """Per layer the predicted losses of its channels, and the spread of their weights."""
+        """Per layer the predicted losses of its channels, and the spread of their weights.
+
+        Args:
+            widths: layer name to the widths wanted.
+            split: on which.
+            bank: of another state of the network, if not the float one.
+        """
         outputs, graph = self.judge(split).float_outputs, self.traced.graph
         logits = bool(outputs) and are_logits(outputs[0])
         losses = channel_losses(
-            self.bank,
+            bank or self.bank,
             self._small_batches(split).batches,
             widths,
             sampled_label_gradient if logits else gaussian_gradient,

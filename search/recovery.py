@@ -45,6 +45,7 @@ class RecoverySettings:
         window: blocks that are learned together, see `ReconstructionSettings`.
         epochs: of the last distillation.
         swaps: how often widths are moved between layers after recovery, at each size asked for.
+        points: of the front, at most; 0 takes 12 (48 at level "fast"). Sizes asked for come first.
     """
 
     steps: int = 200
@@ -52,14 +53,15 @@ class RecoverySettings:
     window: int = 1
     epochs: float = 2.0
     swaps: int = 1
+    points: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= self.most_steps:
             raise ValueError(
                 f"wanted 1 <= steps <= most_steps, got {self.steps}, {self.most_steps}"
             )
-        if self.window < 1 or self.epochs < 0 or self.swaps < 0:
-            raise ValueError("window must be at least 1, epochs and swaps at least 0")
+        if self.window < 1 or min(self.epochs, self.swaps, self.points) < 0:
+            raise ValueError("window must be at least 1; epochs, swaps and points at least 0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,8 +43,9 @@ def recover_front(
     evaluations = [e for e in record.evaluations() if prepared.space.contains(e.candidate)]
     done = {e.parent for e in evaluations if e.recipe == level}
     plain = _seen([e for e in evaluations if not e.recipe], coder)
-    todo = [e for e in _worth_recovering(plain, info, level) if e.trial not in done]
     settings = recovery_settings(prepared.config)
+    n_points = settings.points or MAX_RECOVERED[level]
+    todo = [e for e in _worth_recovering(plain, info, n_points) if e.trial not in done]
     recovery = Recovery(prepared, seed=prepared.config.seed, settings=settings)
     context.listener.on_phase(f"recovering the front ({level})")
     out = []
@@ -180,23 +181,24 @@ def _reallocate(
     return out
 
 
-def _worth_recovering(plain: Sequence[Evaluation], info: FrontInfo, level: str) -> list[Evaluation]:
+def _worth_recovering(
+    plain: Sequence[Evaluation], info: FrontInfo, n_points: int
+) -> list[Evaluation]:
     """The best at every size asked for, then a few of each baseline and of the front, evenly.
 
     Sizes asked for come first: they are what the run is about. What knows no more of the input
     than a useless model is not worth the time.
     """
     front = ParetoFront.of(plain, info)
-    n = MAX_RECOVERED[level]
     smallest = front.points[0].size_bytes if front.points else 0
     asked = [front.best(size) for size in info.budgets.sizes if front.points and size >= smallest]
     chosen = {e.trial: e for e in asked}
-    n_others = max(0, n - len(chosen))
+    n_others = max(0, n_points - len(chosen))
     hopeless = HOPELESS * info.scale.worst_loss
     for name in sorted({e.strategy for e in front.baselines}):
         of_kind = [e for e in front.baselines if e.strategy == name and e.loss < hopeless]
         inside = [e for e in of_kind if within(info.budgets.limits, e.costs)]
-        chosen |= {e.trial: e for e in thinned(inside, n // BASELINE_SHARE)}
+        chosen |= {e.trial: e for e in thinned(inside, n_points // BASELINE_SHARE)}
     left = [e for e in front.points if e.trial not in chosen and e.loss < hopeless]
     chosen |= {e.trial: e for e in thinned(left, n_others)}
     return list(chosen.values())

@@ -80,12 +80,18 @@ def train(row: Row, folder: Path, arguments: argparse.Namespace) -> None:
     """The run, as far as it is not done."""
     if (folder / "front.json").exists() and ParetoFront.load(folder / "front.json").packed:
         return
-    how: dict = {"granularity": "channel", "settings": dict(s.split("=") for s in arguments.set)}
+    asked = dict(s.split("=") for s in arguments.set)
+    how: dict = {
+        "granularity": "channel",
+        "strategies": ("channel-allocation",),
+        "settings": {"recovery.points": "1", "channel-allocation.points": "2", **asked},
+    }
     if row.activation_bits:
         task = load_task(TASK, data=arguments.data)
         pins = pins_of(trace(task.model, task.examples()).graph)
         how |= {"activation_bits": (row.activation_bits,), "pins": pins}
         how |= {"bits": (4,), "strategies": ("uniform",), "granularity": "layer"}
+        how["settings"] = {"recovery.points": "1", **asked}
     search.run(
         TASK,
         [str(row.size)],
@@ -95,7 +101,6 @@ def train(row: Row, folder: Path, arguments: argparse.Namespace) -> None:
         recover="full",
         finetune_s=60 * arguments.minutes,
         device=arguments.device,
-        trials=60,
         search_samples=2_500,
         threads=arguments.threads,
         seed=arguments.seed,

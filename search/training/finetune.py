@@ -29,6 +29,7 @@ from search.training.loader import EpochLoader
 from search.training.log import LOGS, TRAINED
 from search.training.pace import steps_within
 from search.training.settings import SETTINGS_OF, TrainingSettings
+from search.training.swaps import swapped
 from search.training.trainable import Trainable
 from search.training.trainer import Hooks, Trainer
 
@@ -81,10 +82,12 @@ class Finetuning:
         return out
 
     def _settle_steps(self, point: Evaluation, seconds: float | None, n_points: int) -> None:
-        begun = self._checkpoint(point)
-        if begun.exists():  # a training that was killed goes on with the steps it had
-            _, state = read_checkpoint(begun)
-            self._settings = replace(self._settings, steps=state["settings"]["steps"])
+        n_parts = self._settings.swaps + 1
+        begun = [p for p in (self._checkpoint(point), *self._parts(point)) if p.exists()]
+        if begun:  # a training that was killed goes on with the steps it had
+            _, state = read_checkpoint(begun[0])
+            steps = n_parts * state["settings"]["steps"]
+            self._settings = replace(self._settings, steps=steps)
             return
         if seconds is None:
             raise UsageError("training needs a time or --set finetune.steps=N; give --finetune 30m")
@@ -92,6 +95,7 @@ class Finetuning:
         share = seconds / n_points
         start = self._start_of(point)
         steps = steps_within(share, lambda s: self._trainer(start, s), self._settings)
+        steps = max(1, steps // n_parts) * n_parts  # any part then tells how many there are
         self._settings = replace(self._settings, steps=steps)
         store_settings(self._context.run_folder, {f"{SETTINGS_OF}.steps": str(steps)})
         self._context.listener.on_phase(
@@ -101,22 +105,50 @@ class Finetuning:
     def _train(self, point: Evaluation) -> Evaluation:
         checkpoint = self._checkpoint(point)
         log = self._context.run_folder / LOGS / f"{point.trial}.jsonl"
-        trainer = self._trainer(
-            self._start_of(point), self._settings, checkpoint=checkpoint, log=log
-        )
+        model, settings = self._with_swaps(point)
+        trainer = self._trainer(model, settings, checkpoint=checkpoint, log=log)
         network = trainer.run()
         if trainer.stopped:
             self._context.listener.on_phase(trainer.stopped)
         model = self._ended(network.cpu().to_model())
         self._context.strategy = point.strategy
-        evaluation = self._context.submit(point.candidate, model, recipe=RECIPE, parent=point.trial)
+        evaluation = self._context.submit(model.candidate, model, recipe=RECIPE, parent=point.trial)
         facts = {"steps": trainer.done, "stopped": trainer.stopped, "log": log.name}
         self._record.add_fact(evaluation.trial, TRAINED, facts)
-        checkpoint.unlink(missing_ok=True)
+        for path in (checkpoint, *self._parts(point)):
+            path.unlink(missing_ok=True)
         return evaluation
+
+    def _with_swaps(self, point: Evaluation) -> tuple[QuantizedModel, TrainingSettings]:
+        """The network after all parts but the last, and the settings of that.
+
+        A part that is finished leaves its checkpoint until the last one is, so that a killed
+        training comes to the same widths again.
+        """
+        model, whole = self._start_of(point), self._settings
+        if not whole.swaps:
+            return model, whole
+        steps = max(1, whole.steps // (whole.swaps + 1))
+        part = replace(whole, steps=steps, folded_share=0.0, average=0.0)
+        for number, path in enumerate(self._parts(point), start=1):
+            trainer = self._trainer(model, part, checkpoint=path)
+            network = trainer.run().cpu()
+            if trainer.stopped:
+                self._context.listener.on_phase(trainer.stopped)
+            params, trained = network.float_params(), network.to_model()
+            model = swapped(self._trainable, trained, params, point.size_bytes)
+            n_moved = _n_moved(trained, model)
+            self._context.listener.on_phase(
+                f"moved widths of {n_moved:,} channels ({number} of {whole.swaps})"
+            )
+        return model, replace(whole, steps=max(1, whole.steps - whole.swaps * steps))
 
     def _checkpoint(self, point: Evaluation) -> Path:
         return self._context.folder(RECIPE) / f"{point.trial}.safetensors"
+
+    def _parts(self, point: Evaluation) -> list[Path]:
+        folder = self._context.folder(RECIPE)
+        return [folder / f"{point.trial}-{n}.safetensors" for n in range(self._settings.swaps)]
 
     def _trainer(
         self,
@@ -167,6 +199,11 @@ class Finetuning:
                 ),
             )
         return model
+
+
+def _n_moved(before: QuantizedModel, after: QuantizedModel) -> int:
+    pairs = [(before.layers[n].bit_widths, q.bit_widths) for n, q in after.layers.items()]
+    return sum(a != b for old, new in pairs for a, b in zip(old, new, strict=True))
 
 
 def training_settings(config: RunConfig) -> TrainingSettings:

@@ -38,6 +38,8 @@ class TrainingSettings:
             a cosine; 1 freezes none.
         weights, activations: rules, see `quant_ops.qat.weights` and `quant_ops.qat.activations`.
         inside: how far from its code, in steps, a weight that was rounded to another level starts.
+        swaps: how often widths move by one step between channels, at equal bytes, in as many
+            equal parts of the training, each with a rate that falls to 0.
         reestimate: set mean and spread of every channel to the float network's at the end.
         last_epochs: of label-free distillation of scales and biases over the calibration data.
         checkpoint_s: seconds between checkpoints: what a killed training loses at most.
@@ -62,6 +64,7 @@ class TrainingSettings:
     weights: str = "lsq"
     activations: str = "lsq"
     inside: float = 0.49
+    swaps: int = 0
     reestimate: bool = False
     last_epochs: float = 0.0
     precision: str = "auto"
@@ -81,7 +84,7 @@ class TrainingSettings:
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        for name in ("steps", "clip", "dampening", "last_epochs", "weight_decay"):
+        for name in ("steps", "clip", "dampening", "last_epochs", "weight_decay", "swaps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.temperature <= 0 or (self.rate is not None and self.rate <= 0):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_ops.bank import WeightBank
-from quant_ops.calibration import calibrate
+from quant_ops.calibration import Calibration, calibrate
 from quant_ops.candidate import Candidate
 from quant_ops.correction import reestimate_norms
 from quant_ops.edges import activation_edges
@@ -91,6 +91,11 @@ class Trainable:
         Ranges, bias correction and the mean and spread of every channel come from the calibration
         inputs as the trained network sees them.
         """
+        bank, calibration = self.bank(params)
+        return self.rounded(bank, calibration, candidate)
+
+    def bank(self, params: Params) -> tuple[WeightBank, Calibration]:
+        """What chooses codes of trained float parameters, and what these make of the inputs."""
         spec, graph = self.prepared.spec, self.traced.graph
         edges = {edge.name: edge.node for edge in activation_edges(graph)}
         calibration = calibrate(graph, params, self.norm_batches, edges=edges)
@@ -103,6 +108,12 @@ class Trainable:
             bias_correction=spec.correction != "none",
             spread_correction=spec.correction == "mean-spread",
         )
+        return bank, calibration
+
+    def rounded(
+        self, bank: WeightBank, calibration: Calibration, candidate: Candidate
+    ) -> QuantizedModel:
+        """A candidate's codes with the mean and spread of every channel corrected."""
         return reestimate_norms(bank.quantize(candidate), calibration, self.norm_batches)
 
     def network(

@@ -22,7 +22,12 @@ from search.front import FrontInfo, ParetoFront
 from search.prepare import prepare
 from search.record import Record
 from search.recovery import LEVELS, Recovery, RecoverySettings, judged, recover
-from search.recovery_run import _worth_recovering, recover_trial, recovery_steps
+from search.recovery_run import (
+    MAX_RECOVERED,
+    _worth_recovering,
+    recover_trial,
+    recovery_steps,
+)
 from search.task import Task
 
 
@@ -200,6 +205,7 @@ def test_a_single_size_gets_its_whole_front_and_both_baselines_recovered():
     scale = HypervolumeScale(100, 4000, 2.0)
     budgets = Budgets.parse(("1000B",))
     info = FrontInfo("task", "top-1", True, True, 100, 0.9, 4000, scale, budgets)
-    chosen = [e.trial for e in _worth_recovering(points, info, "full")]
+    chosen = [e.trial for e in _worth_recovering(points, info, MAX_RECOVERED["full"])]
     assert chosen[0] == 0  # the size asked for comes first
     assert sorted(chosen) == [0, 1, 2, 4, 5]  # neither of the two that know nothing
+    assert [e.trial for e in _worth_recovering(points, info, 1)] == [0]

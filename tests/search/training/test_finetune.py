@@ -83,6 +83,26 @@ def test_one_trial_is_trained_on_request(run_folder, capsys):
     assert json.loads(capsys.readouterr().out)["trial"] > row["trial"]
 
 
+def test_widths_move_between_the_parts_of_a_training_at_equal_bytes(tiny, search_command, tmp_path):
+    out = tmp_path / "run"
+    # the table's first point is far from what a trained network needs: something moves
+    arguments = [
+        "run", "--task", tiny("cnn_training"), "--strategy", "uniform", "--bits", "2,3,4",
+        "--granularity", "channel", "--recover", "none", "--out", str(out),
+        "--budget", "1.5kB", "--set", "finetune.steps=41", "--set", "finetune.swaps=1",
+    ]  # fmt: skip
+    finished = search_command(*arguments)
+    assert finished.code == 0, finished.stderr
+    assert "moved widths of" in finished.stderr
+    record = Record.open(out)
+    trained = next(e for e in record.evaluations() if e.recipe == RECIPE)
+    parent = next(e for e in record.evaluations() if e.trial == trained.parent)
+    assert trained.candidate != parent.candidate
+    assert trained.size_bytes <= parent.size_bytes
+    assert PackedModel.load(packed_path(out, trained.trial)).digest == trained.weights_digest
+    assert not list((out / "checkpoints").rglob("*.safetensors"))
+
+
 @pytest.mark.slow
 def test_killed_in_training_and_resumed_it_ends_with_the_same_weights(
     tiny, search_process, search_command, tmp_path
