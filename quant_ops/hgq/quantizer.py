@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from quant_ops.hgq.fixed_point import Arithmetic, fixed_point, rounded, through, train_fixed_point
 
@@ -177,7 +177,10 @@ class FixedPointQuantizer(nn.Module):
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
-        needed = self._needed_integer_bits(self._largest(x))
+        largest = self._largest(x)
+        if self.training and not self.is_weight:
+            largest = over_processes(largest)
+        needed = self._needed_integer_bits(largest)
         if self.training:
             self.integer_bits.copy_(torch.maximum(self.integer_bits - self.integer_decay, needed))
         else:
@@ -233,6 +236,14 @@ class FixedPointQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Shape and modes."""
         return f"{list(self.shape)}, {self.arithmetic.rounding}, {self.arithmetic.overflow}"
+
+
+def over_processes(largest: Tensor) -> Tensor:
+    """The largest over all processes that train together, each on its part of the data."""
+    if distributed.is_available() and distributed.is_initialized():
+        largest = largest.contiguous()
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return largest
 
 
 class KIFQuantizer(FixedPointQuantizer):
