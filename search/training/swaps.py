@@ -97,12 +97,12 @@ def _moved(
         return with_widths(candidate, {name: tuple(row) for name, row in widths.items()})
 
     size_of = prepared.costs["size_bytes"].cost
-    choice = level_for(
+    found = level_for(
         lagrangian,
         tables,
         lambda picked: size_of(space.graph, candidate_of(list(picked))) <= limit_bytes,
     )
-    return candidate if choice is None else candidate_of(choice)
+    return candidate if found is None else candidate_of(found)
 
 
 def _around(
