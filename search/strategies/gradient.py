@@ -45,8 +45,9 @@ class GradientStrategy(Strategy):
     Of one size: the widths are learned under a price on the expected size that a controller
     moves, with points recorded on the way; then the widths are fixed, such that the file is as
     long as the budget allows, and the rest of the steps trains the weights at these widths with
-    learned steps. The next smaller size starts from the result [Shen2021]. Budgets other than the
-    size are checked, not aimed at.
+    learned steps. The next smaller size starts from the result [Shen2021], the first one from the
+    best candidate of its size that another strategy has measured, if there is one. Budgets other
+    than the size are checked, not aimed at.
     """
 
     method: ClassVar[type[LearnedWidths]]
@@ -67,7 +68,8 @@ class GradientStrategy(Strategy):
         for size in sizes:
             if size != sizes[0] and context.should_stop():
                 return
-            one = _OneSize(self, context, trainable, choice, size, steps, folder, start)
+            begun = start or self._recorded(context, trainable, size)
+            one = _OneSize(self, context, trainable, choice, size, steps, folder, begun)
             found = one.run()
             start = found if self.settings.inherit else None
 
@@ -76,6 +78,18 @@ class GradientStrategy(Strategy):
     ) -> WidthLearning:
         """The first part for one size."""
         return WidthLearning(self.method, self.settings, context, trainable, choice, budget_bytes)
+
+    def _recorded(self, context: Context, trainable: Trainable, size: int) -> Point | None:
+        """The widths of the best candidate of that size that another strategy has measured."""
+        if not self.settings.warm:
+            return None
+        others = [
+            e
+            for e in context.history()
+            if not e.recipe and e.strategy != self.name and e.size_bytes <= size
+        ]
+        best = min(others, key=lambda e: (e.loss, e.size_bytes), default=None)
+        return None if best is None else Point(best.candidate, trainable.traced.params)
 
     def _sizes(self, context: Context, choice: WidthChoice) -> tuple[int, ...]:
         """Largest first; each can be met.

@@ -20,6 +20,7 @@ class GradientSettings:
         travel: how far the parameter of a width can move in the learning, in its own units.
         harvest: points recorded on the way to each size.
         inherit: a finished model starts the next smaller size.
+        warm: widths start from the best candidate that other strategies of the run have measured.
     """
 
     steps: int = 0
@@ -28,6 +29,7 @@ class GradientSettings:
     travel: float = 20.0
     harvest: int = 3
     inherit: bool = True
+    warm: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "group", "harvest"):

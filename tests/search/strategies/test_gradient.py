@@ -31,12 +31,14 @@ def task(spec):
     return load_task(spec)
 
 
-def run(spec, task, folder, name=FAST, *, budgets=("2kB",), steps=20, resume=False, **settings):
+def run(
+    spec, task, folder, name=FAST, *, budgets=("2kB",), steps=20, resume=False, first=(), **settings
+):
     given = {"steps": steps, "harvest": 2, **settings}
     config = RunConfig(
         task=spec,
         budgets=budgets,
-        strategies=(name,),
+        strategies=(*first, name),
         settings={f"{name}.{key}": str(value) for key, value in given.items()},
         search_samples=128,
     )
@@ -103,6 +105,15 @@ def test_a_finished_model_starts_the_next_smaller_size(spec, task, tmp_path):
     first, second = final(apart)
     assert first.weights_digest == both[0].weights_digest
     assert second.weights_digest != both[1].weights_digest
+
+
+def test_widths_start_from_what_another_strategy_has_measured(spec, task, tmp_path):
+    evaluations = run(spec, task, tmp_path, first=("uniform",), steps=6, harvest=0, travel=1e-3)
+    uniform = [e for e in evaluations if e.strategy == "uniform" and e.size_bytes <= 2000]
+    start = min(uniform, key=lambda e: e.loss).candidate.assignment
+    (found,) = final(evaluations)
+    for name, quant in found.candidate.layers:  # nothing can be learned: only filled up
+        assert min(quant.bit_widths) >= start[name].uniform
 
 
 def test_a_task_without_training_data_is_refused(spec, task, tmp_path):
