@@ -346,10 +346,13 @@ def _improve(
     info: FrontInfo,
     coder: Coder | None,
 ) -> None:
-    """Better weights for what was found, then shorter files; what is done is not done again."""
+    """Better weights for what was found, then shorter files; what is done is not done again.
+
+    Where a strategy trains, the time of --finetune is its own.
+    """
     if prepared.config.recover != "none":
         recover_front(prepared, context, record, info, coder)
-    if prepared.config.finetunes:
+    if prepared.config.finetunes and not _training_strategies(prepared.config):
         finetune_front(prepared, context, record, info)
     if coder is not None:
         code_front(prepared, context, record, info, coder)
