@@ -129,6 +129,7 @@ class Finetuning:
         if not whole.swaps:
             return model, whole
         steps = max(1, whole.steps // (whole.swaps + 1))
+        whole = replace(whole, rate=whole.peak_rate)  # of parts it is the rate of all of it
         part = replace(whole, steps=steps, folded_share=0.0, average=0.0)
         for number, path in enumerate(self._parts(point), start=1):
             trainer = self._trainer(model, part, checkpoint=path)
