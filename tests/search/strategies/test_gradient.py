@@ -1,17 +1,20 @@
 """Strategies that learn widths: budgets, harvested points, files, resume, inheritance."""
 
 import re
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from quant_ops.candidate import LayerQuant
 from quant_ops.errors import BudgetError, UsageError
 from quant_ops.packed import PackedModel
 from search.config import RunConfig
 from search.engine import run_search
 from search.finish import packed_path
+from search.prepare import prepare
 from search.record import Record
 from search.strategies.table import STRATEGIES, strategy_class
 from search.tasks.table import load_task
@@ -67,6 +70,59 @@ def test_every_method_ends_at_the_budget_with_points_on_the_way(spec, task, tmp_
     assert all(e.size_bytes >= found.size_bytes * 0.98 for e in harvested)
     assert all(e.is_trained and packed_path(tmp_path, e.trial).exists() for e in evaluations)
     assert Record.open(tmp_path).facts("training")[found.trial]["steps"] == 20
+
+
+def next_step(task, config, candidate):
+    """Bytes of the smallest file that is one width of one unit wider, and of the candidate."""
+    prepared = prepare(task, config)
+    graph, space, cost = prepared.traced.graph, prepared.space, prepared.costs["size_bytes"].cost
+    sizes = []
+    for choice in space.layers:
+        quant = candidate.assignment[choice.name]
+        widths = quant.per_channel(graph.layer_of[choice.name].out_channels)
+        units = [[c] for c in range(len(widths))]
+        for unit in units if space.finest == "channel" else [range(len(widths))]:
+            here = widths[unit[0]]
+            wider = [w for w in choice.bit_widths if w > here > 0]
+            if wider:
+                moved = tuple(min(wider) if c in unit else w for c, w in enumerate(widths))
+                changed = LayerQuant(moved, quant.scheme, quant.group_size)
+                sizes.append(int(cost(graph, candidate.replace({choice.name: changed}))))
+    return min(sizes, default=sys.maxsize), int(cost(graph, candidate))
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("cnn_training", "packed"),
+        pytest.param("mlp_training", "packed", marks=pytest.mark.slow),
+        pytest.param("mlp_training", "int4-int8", marks=pytest.mark.slow),
+        pytest.param("zoo_training", "packed", marks=pytest.mark.slow),
+    ],
+)
+def test_five_sizes_are_met_to_two_percent_or_a_step(spec, tmp_path, name, target):
+    task = load_task(f"{spec.rpartition(':')[0]}:{name}")
+    config = RunConfig(
+        task=task.name,
+        strategies=(FAST,),
+        target=target,
+        settings={f"{FAST}.steps": "4", f"{FAST}.harvest": "0"},
+        search_samples=128,
+    )
+    prepared = prepare(task, config)
+    graph, cost = prepared.traced.graph, prepared.costs["size_bytes"].cost
+    narrow, wide = (int(cost(graph, prepared.space.uniform(width))) for width in (1, 8))
+    budgets = [round(narrow * (wide / narrow) ** (0.1 + 0.2 * k)) for k in range(5)]
+    config = replace(config, budgets=tuple(f"{size}B" for size in budgets))
+    run_search(task, config, tmp_path)
+    found = final(Record.open(tmp_path).evaluations())
+    assert len(found) == len(budgets)
+    for budget, evaluation in zip(budgets, reversed(found), strict=True):
+        wider, size = next_step(task, config, evaluation.candidate)
+        packed = PackedModel.load(packed_path(tmp_path, evaluation.trial))
+        assert packed.size_bytes == size == evaluation.size_bytes <= budget
+        assert size >= 0.98 * budget or wider > budget
+        print(f"{name} {target} {budget} {size} {wider}")
 
 
 @pytest.mark.slow
