@@ -18,6 +18,8 @@ from search.prepare import prepare
 from search.record import Record
 from search.strategies.table import STRATEGIES, strategy_class
 from search.tasks.table import load_task
+from search.training.log import LOGS, read_log
+from search.training.settings import TrainingSettings
 from search.training.trainer import Trainer
 
 ROWS = [name for name in STRATEGIES if strategy_class(name).traits.needs_training]
@@ -72,6 +74,17 @@ def test_every_method_ends_at_the_budget_with_points_on_the_way(spec, task, tmp_
     assert Record.open(tmp_path).facts("training")[found.trial]["steps"] == 20
 
 
+def test_both_parts_train_at_the_rate_of_a_training_of_both(spec, task, tmp_path):
+    run(spec, task, tmp_path)
+    peak = TrainingSettings(steps=20).peak_rate
+    part = TrainingSettings(steps=10, rate=peak)
+    logs = sorted((tmp_path / LOGS).glob("*ing.jsonl"))
+    assert len(logs) == 2
+    for path in logs:
+        for row in read_log(path):
+            assert row["rate"] == pytest.approx(part.rate_at(row["step"] - 1))
+
+
 def next_step(task, config, candidate):
     """Bytes of the smallest file that is one width of one unit wider, and of the candidate."""
     prepared = prepare(task, config)
@@ -122,7 +135,6 @@ def test_five_sizes_are_met_to_two_percent_or_a_step(spec, tmp_path, name, targe
         packed = PackedModel.load(packed_path(tmp_path, evaluation.trial))
         assert packed.size_bytes == size == evaluation.size_bytes <= budget
         assert size >= 0.98 * budget or wider > budget
-        print(f"{name} {target} {budget} {size} {wider}")
 
 
 @pytest.mark.slow
