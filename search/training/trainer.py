@@ -37,7 +37,7 @@ from search.training.objective import Objective
 from search.training.settings import TrainingSettings
 
 _LOGGED_STEPS = 100  # a row of the log at least that often
-_SCALES = ("log_", "zero_point", "exponent")  # how names of steps, clips and gammas begin
+_SCALES = ("log_", "zero_point")  # how names of steps, clips and gammas begin
 
 Penalty = Callable[[QuantizedNetwork, float], Tensor]
 """(network, share of the training that is done) -> what is added to the loss, ()."""

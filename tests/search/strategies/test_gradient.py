@@ -7,15 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from quant_ops.candidate import LayerQuant
 from quant_ops.errors import BudgetError, UsageError
+from quant_ops.learned_widths.limpq import LIMPQ
 from quant_ops.packed import PackedModel
 from search.config import RunConfig
 from search.engine import run_search
 from search.finish import packed_path
 from search.prepare import prepare
 from search.record import Record
+from search.strategies.limpq import JointLearning
 from search.strategies.table import STRATEGIES, strategy_class
 from search.tasks.table import load_task
 from search.training.log import LOGS, read_log
@@ -83,6 +86,25 @@ def test_both_parts_train_at_the_rate_of_a_training_of_both(spec, task, tmp_path
     for path in logs:
         for row in read_log(path):
             assert row["rate"] == pytest.approx(part.rate_at(row["step"] - 1))
+
+
+def test_limpq_gives_layers_whose_steps_are_alike_the_same_widths(
+    spec, task, tmp_path, monkeypatch
+):
+    chosen, seen = JointLearning.chosen, []
+
+    def kept(learning, budget_bytes):
+        seen.append(chosen(learning, budget_bytes))
+        return seen[-1]
+
+    def alike(module):
+        return torch.exp2(-module.choice_values).expand(module.n_groups, -1)
+
+    monkeypatch.setattr(JointLearning, "chosen", kept)
+    monkeypatch.setattr(LIMPQ, "group_importance", alike)
+    run(spec, task, tmp_path, "limpq", steps=2, harvest=0)
+    widths = {width for _, quant in seen[-1].layers for width in quant.bit_widths}
+    assert max(widths) - min(widths) <= 1
 
 
 def next_step(task, config, candidate):
