@@ -20,6 +20,7 @@ from search.prepare import prepare
 from search.record import Record
 from search.strategies.limpq import JointLearning
 from search.strategies.table import STRATEGIES, strategy_class
+from search.strategies.width_learning import WidthLearning
 from search.tasks.table import load_task
 from search.training.log import LOGS, read_log
 from search.training.settings import TrainingSettings
@@ -86,6 +87,22 @@ def test_both_parts_train_at_the_rate_of_a_training_of_both(spec, task, tmp_path
     for path in logs:
         for row in read_log(path):
             assert row["rate"] == pytest.approx(part.rate_at(row["step"] - 1))
+
+
+@pytest.mark.parametrize(("name", "group"), [(FAST, 8), ("self-compressing", 1)])
+def test_channels_share_widths_as_the_method_usually_has_it(
+    spec, task, tmp_path, monkeypatch, name, group
+):
+    trainer, seen = WidthLearning.trainer, []
+
+    def kept(learning, *args, **settings):
+        made = trainer(learning, *args, **settings)
+        seen.extend(module.group_of.bincount().max().item() for module in learning.modules.values())
+        return made
+
+    monkeypatch.setattr(WidthLearning, "trainer", kept)
+    run(spec, task, tmp_path, name, steps=2, harvest=0)
+    assert max(seen) == group
 
 
 def test_limpq_gives_layers_whose_steps_are_alike_the_same_widths(
