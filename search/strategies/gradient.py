@@ -200,7 +200,7 @@ class _OneSize:
         checkpoint.unlink(missing_ok=True)
         return point
 
-    def _part(self, steps: int, **changes: float) -> TrainingSettings:
+    def _part(self, steps: int, **changes: Any) -> TrainingSettings:
         """Of one of both parts, at the rate of a training of both: the second mends the first."""
         both = replace(self._trainable.settings, steps=self._learning_steps + self._fixed_steps)
         return replace(both, steps=steps, rate=both.peak_rate, **changes)
