@@ -10,7 +10,9 @@ from torch import Tensor
 
 from quant_ops.bank import WeightBank
 from quant_ops.candidate import Candidate
-from quant_ops.perturbation import Predictor, drawn, has_few_classes, of_every_class
+from quant_ops.graph import Graph, Layer, Ref
+from quant_ops.operators import EMBEDDING
+from quant_ops.perturbation import Predictor, Run, drawn, has_few_classes, of_every_class
 from quant_ops.sensitivity import OutputGradient
 
 
@@ -63,7 +65,7 @@ def channel_losses(
                 name, at = place[number]
                 with torch.inference_mode():
                     change = predictor.change(changes[number], node, run.values)
-                    moved = _per_channel(gradients, change, graph.layer_of[name].kind == "linear")
+                    moved = _per_channel(gradients * change, graph, graph.layer_of[name], node, run)
                     square = moved.square()
                     if few:
                         mean = torch.einsum("bp,pbc->bc", share, square)
@@ -75,9 +77,16 @@ def channel_losses(
     return {name: losses / max(1, count) for name, losses in out.items()}
 
 
-def _per_channel(gradients: Tensor, change: Tensor, channels_last: bool) -> Tensor:
-    """Sum of gradient x change over positions: (passes, batch, channels)."""
-    product = gradients * change
-    if channels_last:
+def _per_channel(product: Tensor, graph: Graph, layer: Layer, site: int, run: Run) -> Tensor:
+    """Sum of gradient x change over the positions of each channel: (passes, batch, channels)."""
+    node = graph.nodes[site]
+    if node.op in EMBEDDING:  # channels are rows of the table, met where the indices say
+        source = node.args[1]
+        assert isinstance(source, Ref)
+        indices = run.values[source.index]
+        met = product.sum(dim=-1).reshape(len(product), len(indices), -1)
+        rows = indices.reshape(len(indices), -1).expand_as(met)
+        return met.new_zeros(*met.shape[:2], layer.out_channels).scatter_add(2, rows, met)
+    if layer.kind == "linear":
         return product.flatten(2, -2).sum(dim=2) if product.dim() > 3 else product
     return product.flatten(3).sum(dim=3) if product.dim() > 3 else product

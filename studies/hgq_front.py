@@ -382,12 +382,12 @@ def hypervolume(front: list[Any]) -> float:
 
 def print_table(*, read_test: bool) -> None:
     """One line per run; the test split only where asked, of the frozen front."""
-    print("| side | seed | seconds | ms/step | start s | hypervolume | error at 4k, 16k EBOPs |")
+    print("| side | seed | seconds | ms/step | start s | hypervolume | error at 32k, 64k EBOPs |")
     print("|---|---|---|---|---|---|---|")
     for row in rows():
         at = [  # the best that costs no more
             min((e for c, e, _ in row["front"] if c <= limit), default=None)
-            for limit in (4_000, 16_000)
+            for limit in (32_000, 64_000)
         ]
         errors = ", ".join("-" if e is None else f"{100 * e:.2f} %" for e in at)
         side = row["side"] + (" compiled" if row["compiled"] else "")
@@ -399,6 +399,7 @@ def print_table(*, read_test: bool) -> None:
         if read_test:
             points = judge(kept_path(row), split=2, only={i for _, _, i in row["front"]})
             print(f"  test hypervolume {hypervolume(non_dominated(points)):.4f}")
+    print_means(rows())
     if read_test:
         commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
         with (HERE / "TEST_READS.md").open("a") as file:
@@ -406,6 +407,29 @@ def print_table(*, read_test: bool) -> None:
                 f"| {date.today()} | {commit} | digits | frozen fronts of every row of "
                 "`studies/rows/hgq.jsonl` | `studies/hgq_front.py --table --test` |\n"
             )
+
+
+def print_means(measured: list[dict[str, Any]]) -> None:
+    """Of each peer and bitfront, over the seeds that both have, with the difference's interval."""
+    import statistics
+
+    from gradient import interval
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["seed"], row["seconds"], row["clock"]
+
+    ours = {key(row): row for row in measured if row["side"] == "bitfront" and not row["compiled"]}
+    for side in SIDES[1:]:
+        pairs = [(ours[key(r)], r) for r in measured if r["side"] == side and key(r) in ours]
+        if not pairs:
+            continue
+        gaps = [mine["hypervolume"] - theirs["hypervolume"] for mine, theirs in pairs]
+        ratio = statistics.median(m["ms_per_step"] / t["ms_per_step"] for m, t in pairs)
+        mean, half = statistics.fmean(gaps), interval(gaps)
+        print(
+            f"bitfront over {side}: hypervolume {mean:+.4f} ± {half:.4f}, ahead "
+            f"in {sum(g > 0 for g in gaps)} of {len(gaps)}; time per step x {ratio:.2f}"
+        )
 
 
 if __name__ == "__main__":

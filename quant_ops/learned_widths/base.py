@@ -36,6 +36,7 @@ class LearnedWidths(nn.Module, ABC):
     Attributes:
         choices: the widths that the method can choose, ascending; a part of the legal ones.
         learns: whether a size term moves the widths; else they come from elsewhere (`freeze`).
+        usual_group: channels that share a width where nobody says how many.
         generator: of the noise; None is torch's default one. Not part of the state.
         share: () of the training that is done.
         chosen: (groups,) the widths in force once they are frozen.
@@ -43,6 +44,7 @@ class LearnedWidths(nn.Module, ABC):
 
     Settings: ClassVar[type[WidthSettings]] = WidthSettings
     learns: ClassVar[bool] = True
+    usual_group: ClassVar[int] = 8
     share: Tensor
     frozen: Tensor
     chosen: Tensor

@@ -22,7 +22,7 @@ class DQASettings(WidthSettings):
         price: factor of the paper's own penalty, price x sum over choices of attention x 4^i / 3.
     """
 
-    first_temperature: float = 100.0
+    first_temperature: float = 1.0
     last_temperature: float = 0.03
     price: float = 0.0
 
@@ -31,12 +31,14 @@ class DQA(LearnedWidths):
     """sum_k a_k Q_k(w), a = softmax(alpha / std(alpha) / T) [BoukliHacene2021].
 
     From the paper: quantizers of 2, 4 and 8 bits, one learned vector of attention, divided by its
-    standard deviation, a temperature from 100 down to 0.03, the penalty with weights 1, 4, 16.
+    standard deviation, a temperature that falls to 0.03, the penalty with weights 1, 4, 16.
 
     Differs: the paper uses the attention to reach one low width smoothly; here what wins at the
     end is the width, so the choices are 0 (where legal) and those of 2, 4 and 8 that are (the
     first, middle and last legal width where fewer than two are), per group of channels; attention
-    starts highest at the starting width, not at the lowest; learned steps [Esser2020].
+    starts highest at the starting width, not at the lowest; the temperature starts at 1, not at
+    100, where all choices weigh the same whatever the attention is, so that no price could make
+    the file smaller before it has fallen; learned steps [Esser2020].
     [reconstructed] The standard deviation passes no gradient, as if divided in place.
     """
 

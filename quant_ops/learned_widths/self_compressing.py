@@ -17,11 +17,12 @@ class SelfCompressing(LearnedWidths):
 
     Differs: the forward pass always uses the legal width nearest to b (ternary, and the binary
     levels +-1/2, where those are it), so that training sees what is stored; a group of channels
-    may share b, each keeps its e. [reconstructed] b gets the gradient of the clipping limits,
-    ln 2 x 2^(b-1) x 2^e, at the weights that are clipped, in a removed channel too: all of its
-    weights are, and it can come back.
+    may share b, each keeps its e, but by default none does. [reconstructed] b gets the gradient of
+    the clipping limits, ln 2 x 2^(b-1) x 2^e, at the weights that are clipped, in a removed channel
+    too: all of its weights are, and it can come back.
     """
 
+    usual_group = 1  # groups of 8 would sum gradients that single channels follow better
     low: Tensor
     high: Tensor
     offset: Tensor

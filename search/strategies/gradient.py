@@ -174,9 +174,7 @@ class _OneSize:
         return found
 
     def _learn(self) -> Point:
-        settings = replace(
-            self._trainable.settings, steps=self._learning_steps, folded_share=0.0, average=0.0
-        )
+        settings = self._part(self._learning_steps, folded_share=0.0, average=0.0)
         self._phase("learning widths", settings.steps)
         learning = self._learning
         learning.remember(self._path("harvested", ".json"))
@@ -193,7 +191,7 @@ class _OneSize:
 
     def _train(self, start: Point) -> Point:
         trainable = self._trainable
-        settings = replace(trainable.settings, steps=self._fixed_steps)
+        settings = self._part(self._fixed_steps)
         self._phase("training at these widths", settings.steps)
         model = trainable.quantized(start.params, start.candidate)
         checkpoint, log = self._path("training"), self._log("training")
@@ -215,6 +213,11 @@ class _OneSize:
         self._write("final", point, {"trial": evaluation.trial})
         checkpoint.unlink(missing_ok=True)
         return point
+
+    def _part(self, steps: int, **changes: Any) -> TrainingSettings:
+        """Of one of both parts, at the rate of a training of both: the second mends the first."""
+        both = replace(self._trainable.settings, steps=self._learning_steps + self._fixed_steps)
+        return replace(both, steps=steps, rate=both.peak_rate, **changes)
 
     def _note(self, evaluation: Evaluation, stopped: str) -> None:
         """Both logs as one, and what the dashboard wants to know of the trial."""

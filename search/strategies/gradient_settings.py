@@ -15,8 +15,8 @@ class GradientSettings:
             --time-limit or --finetune, else 3,000.
         learning: share of the steps in which widths are learned; in the rest they are fixed.
         group: consecutive channels that share a learned width; 0 takes the groups of
-            --granularity, 8 channels where it is "layer" (a whole layer where the target has one
-            width per layer).
+            --granularity, and where it is "layer" 8 channels, or 1 under self-compressing (a whole
+            layer where the target has one width per layer).
         travel: how far the parameter of a width can move in the learning, in its own units.
         harvest: points recorded on the way to each size.
         inherit: a finished model starts the next smaller size.

@@ -18,7 +18,9 @@ class JointLearning(WidthLearning):
     """Trains steps of all widths; the widths come from an integer program on the steps.
 
     Differs from [Tang2022]: a step of the optimizer sees one width, in turn, then a random
-    policy, instead of the sum over all, so that a step costs as much as any other method's.
+    policy, instead of the sum over all, so that a step costs as much as any other method's. The
+    importance of a group counts once for each of its weights: without that, small layers would
+    take bits that large ones need.
     """
 
     def before_step(self, done: int) -> None:
@@ -45,8 +47,9 @@ class JointLearning(WidthLearning):
             widths = np.array(module.choices, dtype=np.float64)
             narrowest[name] = (module.choices[0],) * layer.out_channels
             for group, importance in enumerate(module.group_importance().cpu().numpy()):
-                losses.append(importance.astype(np.float64))
-                costs.append(widths * layer.weights_per_channel * n_channels[group] / 8)
+                n_weights = layer.weights_per_channel * n_channels[group]
+                losses.append(importance.astype(np.float64) * n_weights)
+                costs.append(widths * n_weights / 8)
                 places.append((name, group))
         start = with_widths(self.choice.widest(), narrowest)
         aside = self.context.size_of(start) - sum(float(cost[0]) for cost in costs)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 HARVEST = "harvest"  # recipes of points recorded on the way end so
 # in units of a width's parameter per step: the controller cannot hold what jumps faster
 FASTEST = 0.1
-GROUP = 8  # channels that share a learned width where --granularity is "layer"
 
 
 class WidthLearning:
@@ -155,7 +154,7 @@ class WidthLearning:
             return n_channels
         if self.settings.group:
             return self.settings.group
-        return len(choice.groups[0]) if choice.groups else GROUP
+        return len(choice.groups[0]) if choice.groups else self.method.usual_group
 
     def _penalty(self, _: nn.Module, share: float) -> Tensor:
         total = torch.stack([m.penalty() for m in self.modules.values()]).sum()

@@ -37,7 +37,7 @@ from search.training.objective import Objective
 from search.training.settings import TrainingSettings
 
 _LOGGED_STEPS = 100  # a row of the log at least that often
-_SCALES = ("log_", "zero_point", "exponent")  # how names of steps, clips and gammas begin
+_SCALES = ("log_", "zero_point")  # how names of steps, clips and gammas begin
 
 Penalty = Callable[[QuantizedNetwork, float], Tensor]
 """(network, share of the training that is done) -> what is added to the loss, ()."""
@@ -300,10 +300,8 @@ def make_optimizer(network: nn.Module, settings: TrainingSettings) -> torch.opti
     named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     latent = [p for n, p in named if n.endswith("latent")]
     scales = [p for n, p in named if n.rpartition(".")[2].startswith(_SCALES)]
-    known = {id(p) for p in (*latent, *scales)}
-    modules = [m for m in network.modules() if isinstance(m, LearnedWidths)]
-    widths = [p for m in modules for p in m.parameters() if id(p) not in known]
-    known |= {id(p) for p in widths}
+    widths = width_parameters(network)
+    known = {id(p) for p in (*latent, *scales, *widths)}
     groups: list[dict[str, Any]] = [
         {"params": latent, "weight_decay": settings.weight_decay, "relative": 1.0},
         {"params": scales, "weight_decay": 0.0, "relative": settings.step_rate},
@@ -322,14 +320,30 @@ def make_optimizer(network: nn.Module, settings: TrainingSettings) -> torch.opti
     return torch.optim.AdamW(groups, settings.peak_rate, foreach=True)
 
 
+def width_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """What decides on learned widths: all of their modules but steps and ranges."""
+    modules = (m for m in network.modules() if isinstance(m, LearnedWidths))
+    named = (pair for module in modules for pair in module.named_parameters())
+    return [p for n, p in named if not n.rpartition(".")[2].startswith(_SCALES)]
+
+
 def clipped(network: nn.Module, limit: float) -> bool:
-    """Bring the gradient's norm down to `limit` (0: leave it); False where it is not finite."""
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    if not bool(torch.isfinite(norm)):
-        return False
-    if limit:
-        torch.nn.utils.clip_grads_with_norm_(network.parameters(), limit, norm, foreach=True)
+    """Bring the gradient's norm down to `limit` (0: leave it); False where it is not finite.
+
+    What decides on learned widths is clipped apart: a price of the size that grows must not
+    shrink the gradient of the weights.
+    """
+    widths = width_parameters(network)
+    apart = {id(p) for p in widths}
+    for part in ([p for p in network.parameters() if id(p) not in apart], widths):
+        gradients = [p.grad for p in part if p.grad is not None]
+        if not gradients:
+            continue
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if not bool(torch.isfinite(norm)):
+            return False
+        if limit:
+            torch.nn.utils.clip_grads_with_norm_(part, limit, norm, foreach=True)
     return True
 
 

@@ -67,3 +67,30 @@ def test_squared_outputs_have_a_closed_form():
         )
         wanted = 0.5 * float((a - b).square().sum(dim=1).mean())
         assert found[channel, 0] == pytest.approx(wanted, rel=0.15)
+
+
+def test_the_channels_of_an_embedding_are_its_rows():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+        def forward(self, words):
+            return self.out(self.table(words)).sum(dim=1)
+
+    torch.manual_seed(2)
+    words = torch.randint(0, 6, (3000, 5))  # the last row is never met
+    traced = trace(Words().eval(), (words,))
+    bank = WeightBank(traced.graph, traced.params, None)
+    (found,) = channel_losses(
+        bank, [((words,), None)], {"table": (3.0,)}, gaussian_gradient, logits=False
+    ).values()
+    executor = Executor(traced.graph)
+    quantized = bank.layer("table", LayerQuant((3.0,))).weight(traced.graph.layer_of["table"])
+    for row in range(7):
+        params = {k: v.clone() for k, v in bank.float_params.items()}
+        params["table.weight"][row] = quantized[row]
+        (a,), (b,) = (executor(p, (words,)) for p in (params, bank.float_params))
+        wanted = 0.5 * float((a - b).square().sum(dim=1).mean())
+        assert found[row, 0] == pytest.approx(wanted, rel=0.15)
+    assert found[6, 0] == 0

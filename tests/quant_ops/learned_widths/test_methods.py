@@ -171,7 +171,11 @@ def test_steps_get_the_gradient_of_learned_step_sizes():
 
 
 def test_dqa_temperature_falls_geometrically_and_sharpens_the_attention(weight):
-    module = DQA.of(weight, legal=(2, 4, 8), group=1, start=4)
+    first = DQA.of(weight, legal=(2, 4, 8), group=1, start=4).attention()
+    assert first.argmax(dim=1).tolist() == [1] * 4
+    assert bool((first.amax(dim=1) > 2 * first.amin(dim=1)).all())
+    settings = DQASettings(first_temperature=100)
+    module = DQA.of(weight, legal=(2, 4, 8), group=1, start=4, settings=settings)
     first = module.attention()
     assert torch.allclose(first, torch.full_like(first, 1 / 3), atol=0.01)
     alpha = torch.tensor([0.1, 0.7, -0.2])

@@ -132,6 +132,12 @@ def mlp():
     return Task("tiny-mlp", model, calibration=[((x[:100],), None)], validation=batches)
 
 
+def mlp_training():
+    """`mlp`, trained towards its float self: there are no labels."""
+    task = mlp()
+    return replace(task, name="tiny-mlp-training", training=lambda: iter(task.calibration))
+
+
 class Zoo(nn.Module):
     """Two inputs, a dict of outputs, and one of every kind of layer."""
 
@@ -181,6 +187,12 @@ def zoo():
         validation=[((images[32:], tokens[32:]), labels[32:])],
         metric=Metric("top-1", _class_is_right, percent=True),
     )
+
+
+def zoo_training():
+    """`zoo`, trained towards its float self."""
+    task = zoo()
+    return replace(task, name="tiny-zoo-training", training=lambda: iter(task.calibration))
 
 
 def _r_squared(outputs, target):

@@ -1,20 +1,29 @@
 """Strategies that learn widths: budgets, harvested points, files, resume, inheritance."""
 
 import re
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from quant_ops.candidate import LayerQuant
 from quant_ops.errors import BudgetError, UsageError
+from quant_ops.learned_widths.limpq import LIMPQ
 from quant_ops.packed import PackedModel
 from search.config import RunConfig
 from search.engine import run_search
 from search.finish import packed_path
+from search.prepare import prepare
 from search.record import Record
+from search.strategies.limpq import JointLearning
 from search.strategies.table import STRATEGIES, strategy_class
+from search.strategies.width_learning import WidthLearning
 from search.tasks.table import load_task
+from search.training.log import LOGS, read_log
+from search.training.settings import TrainingSettings
 from search.training.trainer import Trainer
 
 ROWS = [name for name in STRATEGIES if strategy_class(name).traits.needs_training]
@@ -69,6 +78,104 @@ def test_every_method_ends_at_the_budget_with_points_on_the_way(spec, task, tmp_
     assert all(e.size_bytes >= found.size_bytes * 0.98 for e in harvested)
     assert all(e.is_trained and packed_path(tmp_path, e.trial).exists() for e in evaluations)
     assert Record.open(tmp_path).facts("training")[found.trial]["steps"] == 20
+
+
+def test_both_parts_train_at_the_rate_of_a_training_of_both(spec, task, tmp_path):
+    run(spec, task, tmp_path)
+    peak = TrainingSettings(steps=20).peak_rate
+    part = TrainingSettings(steps=10, rate=peak)
+    logs = sorted((tmp_path / LOGS).glob("*ing.jsonl"))
+    assert len(logs) == 2
+    for path in logs:
+        for row in read_log(path):
+            assert row["rate"] == pytest.approx(part.rate_at(row["step"] - 1))
+
+
+@pytest.mark.parametrize(("name", "group"), [(FAST, 8), ("self-compressing", 1)])
+def test_channels_share_widths_as_the_method_usually_has_it(
+    spec, task, tmp_path, monkeypatch, name, group
+):
+    trainer, seen = WidthLearning.trainer, []
+
+    def kept(learning, *args, **settings):
+        made = trainer(learning, *args, **settings)
+        seen.extend(module.group_of.bincount().max().item() for module in learning.modules.values())
+        return made
+
+    monkeypatch.setattr(WidthLearning, "trainer", kept)
+    run(spec, task, tmp_path, name, steps=2, harvest=0)
+    assert max(seen) == group
+
+
+def test_limpq_gives_layers_whose_steps_are_alike_the_same_widths(
+    spec, task, tmp_path, monkeypatch
+):
+    chosen, seen = JointLearning.chosen, []
+
+    def kept(learning, budget_bytes):
+        seen.append(chosen(learning, budget_bytes))
+        return seen[-1]
+
+    def alike(module):
+        return torch.exp2(-module.choice_values).expand(module.n_groups, -1)
+
+    monkeypatch.setattr(JointLearning, "chosen", kept)
+    monkeypatch.setattr(LIMPQ, "group_importance", alike)
+    run(spec, task, tmp_path, "limpq", steps=2, harvest=0)
+    widths = {width for _, quant in seen[-1].layers for width in quant.bit_widths}
+    assert max(widths) - min(widths) <= 1
+
+
+def next_step(task, config, candidate):
+    """Bytes of the smallest file that is one width of one unit wider, and of the candidate."""
+    prepared = prepare(task, config)
+    graph, space, cost = prepared.traced.graph, prepared.space, prepared.costs["size_bytes"].cost
+    sizes = []
+    for choice in space.layers:
+        quant = candidate.assignment[choice.name]
+        widths = quant.per_channel(graph.layer_of[choice.name].out_channels)
+        units = [[c] for c in range(len(widths))]
+        for unit in units if space.finest == "channel" else [range(len(widths))]:
+            here = widths[unit[0]]
+            wider = [w for w in choice.bit_widths if w > here > 0]
+            if wider:
+                moved = tuple(min(wider) if c in unit else w for c, w in enumerate(widths))
+                changed = LayerQuant(moved, quant.scheme, quant.group_size)
+                sizes.append(int(cost(graph, candidate.replace({choice.name: changed}))))
+    return min(sizes, default=sys.maxsize), int(cost(graph, candidate))
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("cnn_training", "packed"),
+        pytest.param("mlp_training", "packed", marks=pytest.mark.slow),
+        pytest.param("mlp_training", "int4-int8", marks=pytest.mark.slow),
+        pytest.param("zoo_training", "packed", marks=pytest.mark.slow),
+    ],
+)
+def test_five_sizes_are_met_to_two_percent_or_a_step(spec, tmp_path, name, target):
+    task = load_task(f"{spec.rpartition(':')[0]}:{name}")
+    config = RunConfig(
+        task=task.name,
+        strategies=(FAST,),
+        target=target,
+        settings={f"{FAST}.steps": "4", f"{FAST}.harvest": "0"},
+        search_samples=128,
+    )
+    prepared = prepare(task, config)
+    graph, cost = prepared.traced.graph, prepared.costs["size_bytes"].cost
+    narrow, wide = (int(cost(graph, prepared.space.uniform(width))) for width in (1, 8))
+    budgets = [round(narrow * (wide / narrow) ** (0.1 + 0.2 * k)) for k in range(5)]
+    config = replace(config, budgets=tuple(f"{size}B" for size in budgets))
+    run_search(task, config, tmp_path)
+    found = final(Record.open(tmp_path).evaluations())
+    assert len(found) == len(budgets)
+    for budget, evaluation in zip(budgets, reversed(found), strict=True):
+        wider, size = next_step(task, config, evaluation.candidate)
+        packed = PackedModel.load(packed_path(tmp_path, evaluation.trial))
+        assert packed.size_bytes == size == evaluation.size_bytes <= budget
+        assert size >= 0.98 * budget or wider > budget
 
 
 @pytest.mark.slow

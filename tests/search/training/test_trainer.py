@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quant_ops.errors import UsageError
+from quant_ops.learned_widths.diffq import DiffQ
 from quant_ops.packed import pack
 from quant_ops.qat.network import QuantizedNetwork
 from search.config import RunConfig
@@ -20,7 +21,7 @@ from search.training.log import TrainingLog, read_log, training_figure
 from search.training.objective import Objective
 from search.training.pace import steps_within
 from search.training.settings import OPTIMIZERS, TrainingSettings
-from search.training.trainer import Hooks, Trainer
+from search.training.trainer import Hooks, Trainer, clipped
 
 STEPS = 24
 
@@ -130,6 +131,28 @@ def test_a_gradient_that_explodes_names_its_layer(prepared):
     layer.latent.register_hook(lambda g: g * float("inf"))
     trainer.run()
     assert "step 1 of 24: the gradient is not finite, layer '5' first" in trainer.stopped
+
+
+def test_a_price_on_widths_does_not_shrink_the_gradient_of_the_weights():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1, 2))
+            self.widths = DiffQ.of(torch.ones(1, 2), legal=(0, 2, 8))
+
+    def clipped_gradients(price):
+        network = Network()
+        for parameter in network.parameters():
+            parameter.grad = torch.full_like(parameter, price)
+        network.weight.grad = torch.tensor([[3.0, 4.0]])
+        assert clipped(network, 1.0)
+        widths = torch.stack([p.grad for p in network.widths.parameters()])
+        return network.weight.grad, float(widths.norm())
+
+    for price in (1e-3, 1e6):
+        weights, widths = clipped_gradients(price)
+        assert torch.allclose(weights, torch.tensor([[0.6, 0.8]]), atol=1e-5)
+        assert widths == pytest.approx(min(1.0, price * 2**0.5), rel=1e-4)
 
 
 def test_a_task_without_labels_is_distilled(prepared, tiny_tasks):
