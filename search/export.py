@@ -158,6 +158,8 @@ def _beside_reference(prepared: Prepared, packed: PackedModel, runner: Runner) -
             f", where the reference's margin was at most {margin:.2g}; logits differ by at most "
             f"{largest:.2g}"
         )
+    elif not largest:
+        said += ", every output equal"
     return {"changed_top_class": said}
 
 

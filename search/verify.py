@@ -18,6 +18,7 @@ from quant_ops.removal import canonical_columns, plan_removal
 from quant_ops.slots import Ids
 from search.budget import format_size
 from search.config import RunConfig, read_config
+from search.exporters.base import list_files
 from search.exporters.delivery import compare
 from search.exporters.manifest import VECTORS, read_manifest
 from search.exporters.table import find_exporter
@@ -92,7 +93,7 @@ def _verify_folder(
     difference = compare(manifest.promise.tolerance, runner, vectors, path)
     facts: dict[str, Any] = {
         "target": manifest.target,
-        "files": ", ".join(f"{name} {format_size(n)}" for name, n in manifest.files.items()),
+        "files": list_files(manifest.files),
         "digest": manifest.digest,
         "test_vectors": f"{vectors.inputs[0].shape[0]} run, largest relative difference from the "
         f"reference {difference:.2g}",

@@ -18,6 +18,8 @@ from search.vectors import TINY, Vectors, run_packed
 Outputs: TypeAlias = Sequence[Tensor]
 Runner: TypeAlias = Callable[[Sequence[Tensor]], Outputs]
 
+LISTED = 8  # files of an artefact that a report names
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -99,7 +101,7 @@ class Report:
 
     def to_text(self) -> str:
         """A few lines, the last ones how to load the artefact."""
-        sizes = ", ".join(f"{name} {format_size(n)}" for name, n in self.files.items())
+        sizes = list_files(self.files)
         difference = self.largest_difference
         said = f"{difference:.2g} of the largest output away from" if difference else "equal to"
         lines = [
@@ -176,6 +178,20 @@ def require_expressible(exporter: Exporter, packed: PackedModel) -> None:
     if refusals:
         said = "\n  ".join(str(refusal) for refusal in refusals)
         raise UsageError(f"target {exporter.name!r} cannot express this model:\n  {said}")
+
+
+def list_files(files: Mapping[str, int]) -> str:
+    """Names and sizes, the largest of many.
+
+    >>> list_files({"a": 12, "b": 3})
+    'a 12 B, b 3 B'
+    """
+    largest = sorted(files, key=lambda name: -files[name])[:LISTED]
+    said = ", ".join(f"{name} {format_size(files[name])}" for name in files if name in largest)
+    more = len(files) - len(largest)
+    if not more:
+        return said
+    return f"{said} and {more} smaller ones, {format_size(sum(files.values()))} in all"
 
 
 def relative_difference(mine: Outputs, wanted: Outputs) -> float:

@@ -11,6 +11,7 @@ EXPORTERS = {
     "onnx": "search.exporters.onnx_runtime:OnnxExporter",
     "torch": "search.exporters.torch_program:TorchExporter",
     "verilog": "search.exporters.verilog:VerilogExporter",
+    "hls": "search.exporters.hls.exporter:HLSExporter",
 }
 
 

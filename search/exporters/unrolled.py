@@ -33,6 +33,7 @@ from quant_ops.program import (
 )
 from quant_ops.requantize import WIDE_LIMIT, Codes, Rescale
 from search.exporters.base import Refusal
+from search.exporters.ports import Port
 from search.exporters.wires import POOL, Wires, clamped_floor, each, is_plain_pool, pooled
 
 if TYPE_CHECKING:
@@ -43,28 +44,6 @@ RELU = ("relu.default", "relu_.default")
 # These compare values, or take their places from a value.
 COMPARING = ("amax", "amin", "max", "min", "topk", "adaptive_max", "gather.", "index.", "expand_as")
 KNOWN = (Input, Convolution, MatMul, Combine, Multiply, Average, Concatenate, Move)
-
-
-@dataclass(frozen=True, eq=False)
-class Port:
-    """One network input or output.
-
-    Attributes:
-        codes: what its integers mean.
-        shape: of one sample.
-        rescale: of an output that leaves the logic as sums (one array of `shape` for each
-            multiplier, one after the other): turns them into codes. None: codes leave the logic.
-    """
-
-    codes: Codes
-    shape: tuple[int, ...]
-    rescale: Rescale | None = None
-
-    @property
-    def n_words(self) -> int:
-        """Integers of one sample."""
-        terms = 1 if self.rescale is None else len(self.rescale.multipliers)
-        return terms * int(np.prod(self.shape, dtype=int))
 
 
 @dataclass(frozen=True, eq=False)

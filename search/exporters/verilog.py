@@ -13,10 +13,10 @@ import torch
 from quant_ops.errors import VerificationError
 from quant_ops.lowering import lower
 from quant_ops.packed import PackedModel
-from quant_ops.requantize import Codes, Rescale
 from search.exporters.base import Companions, Exporter, Outputs, Refusal, Runner
+from search.exporters.ports import port_of, port_to_json
 from search.exporters.simulation import Bus, Simulator
-from search.exporters.unrolled import Port, Unrolled, refusals, unroll
+from search.exporters.unrolled import Unrolled, refusals, unroll
 
 TOP = "network"
 PORTS = "ports.json"
@@ -51,8 +51,8 @@ class VerilogExporter(Exporter):
             "adder_cost": float(found.logic.cost),
             "input_bits": inputs.to_json(),
             "output_bits": outputs.to_json(),
-            "inputs": [_port_to_json(port) for port in found.inputs],
-            "outputs": [_port_to_json(port) for port in found.outputs],
+            "inputs": [port_to_json(port) for port in found.inputs],
+            "outputs": [port_to_json(port) for port in found.outputs],
         }
         (path / PORTS).write_text(json.dumps(ports, indent=1) + "\n")
         (path / "bench.v").write_text(_bench(inputs, outputs, stages))
@@ -61,7 +61,7 @@ class VerilogExporter(Exporter):
     def open(self, path: Path) -> Runner:
         try:
             ports = json.loads((path / PORTS).read_text())
-            inputs, outputs = ([_port_of(p) for p in ports[k]] for k in ("inputs", "outputs"))
+            inputs, outputs = ([port_of(p) for p in ports[k]] for k in ("inputs", "outputs"))
             buses = (Bus.of(ports["input_bits"]), Bus.of(ports["output_bits"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise VerificationError(
@@ -79,7 +79,7 @@ class VerilogExporter(Exporter):
             words = simulator.run(np.concatenate(codes, axis=1))
             ends = np.cumsum([port.n_words for port in outputs])[:-1]
             parts = zip(outputs, np.split(words, ends, axis=1), strict=True)
-            return tuple(torch.from_numpy(_values(port, part)) for port, part in parts)
+            return tuple(torch.from_numpy(port.values(part)) for port, part in parts)
 
         return run
 
@@ -120,13 +120,6 @@ def _write_logic(found: Unrolled, path: Path) -> int:
     return len(pipeline.solutions)
 
 
-def _values(port: Port, words: np.ndarray) -> np.ndarray:
-    if port.rescale is None:
-        return port.codes.dequantize(words.reshape(-1, *port.shape))
-    terms = words.reshape(len(words), -1, *port.shape).swapaxes(0, 1)
-    return port.codes.dequantize(port.rescale(*terms))
-
-
 def _bus(intervals: Sequence[Any]) -> Bus:
     from da4ml.types import minimal_kif
 
@@ -136,45 +129,6 @@ def _bus(intervals: Sequence[Any]) -> Bus:
         tuple(bool(k) for k, _, _ in kinds),
         tuple(-int(f) for _, _, f in kinds),
     )
-
-
-def _port_to_json(port: Port) -> dict[str, Any]:
-    codes, rescale = port.codes, port.rescale
-    out: dict[str, Any] = {
-        "shape": list(port.shape),
-        "codes": [codes.scale, codes.zero_point, codes.low, codes.high],
-    }
-    if rescale is not None:
-        out["rescale"] = {
-            "multipliers": [_array_to_json(m) for m in rescale.multipliers],
-            "offset": _array_to_json(rescale.offset),
-            "shift": _array_to_json(rescale.shift),
-            "limits": [rescale.zero_point, rescale.low, rescale.high],
-        }
-    return out
-
-
-def _port_of(value: Mapping[str, Any]) -> Port:
-    rescale = None
-    if "rescale" in value:
-        found = value["rescale"]
-        rescale = Rescale(
-            tuple(_array_of(m) for m in found["multipliers"]),
-            _array_of(found["offset"]),
-            _array_of(found["shift"]),
-            *(int(x) for x in found["limits"]),
-        )
-    scale, *limits = value["codes"]
-    codes = Codes(float(scale), *(int(x) for x in limits))
-    return Port(codes, tuple(int(n) for n in value["shape"]), rescale)
-
-
-def _array_to_json(array: np.ndarray) -> dict[str, list[int]]:
-    return {"shape": list(array.shape), "values": array.reshape(-1).tolist()}
-
-
-def _array_of(value: Mapping[str, Any]) -> np.ndarray:
-    return np.array(value["values"], np.int64).reshape(value["shape"])
 
 
 def _bench(inputs: Bus, outputs: Bus, stages: int) -> str:

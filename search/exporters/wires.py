@@ -55,7 +55,7 @@ def _multiple(wire: Any, multiplier: int, unit: float) -> Any:
 
 
 def pooled(step: Move, source: Wires) -> Wires:
-    kernel, stride = _pair(step.args[1]), _pair(step.args[2] if len(step.args) > 2 else ())
+    kernel, stride = pair(step.args[1]), pair(step.args[2] if len(step.args) > 2 else ())
     stride = stride or kernel
     shape = [(n - k) // s + 1 for n, k, s in zip(source.shape[2:], kernel, stride, strict=True)]
     rows, columns = (
@@ -70,14 +70,14 @@ def pooled(step: Move, source: Wires) -> Wires:
 
 
 def is_plain_pool(step: Move) -> bool:
-    padding = _pair(step.args[3]) if len(step.args) > 3 else (0, 0)
-    dilation = _pair(step.args[4]) if len(step.args) > 4 else (1, 1)
+    padding = pair(step.args[3]) if len(step.args) > 3 else (0, 0)
+    dilation = pair(step.args[4]) if len(step.args) > 4 else (1, 1)
     ceil = step.args[5] if len(step.args) > 5 else False
     whole = max(padding, default=0) == 0 and max(dilation, default=1) == 1 and not ceil
     return step.op == POOL and whole
 
 
-def _pair(arg: Any) -> tuple[int, ...]:
+def pair(arg: Any) -> tuple[int, ...]:
     if isinstance(arg, int):
         return arg, arg
     return tuple(arg) * 2 if len(arg) == 1 else tuple(arg)
