@@ -1,7 +1,7 @@
 """Values of a network that share one piece of memory, and when each is alive."""
 
 import math
-from collections.abc import Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +39,9 @@ class Cells:
         elements: per cell, for one sample.
         float_bits: bits per element of each cell when it is not quantized.
         edges: per cell the edge that states its width, if any.
-        first, last: first and last node during which a cell is in use.
-        takes: (cell, cells whose last reader is its head and whose place it may take).
+        uses: per node the cells that it writes or reads.
+        given, kept: cells of the network's inputs, and of its outputs.
+        takes: (cell, cells whose place it may take if its head reads them last).
         components, starts, n_slots: sets of tied channels along each cell's channel axis, one
             cell after the other; where each cell starts; how many it has.
     """
@@ -50,12 +51,33 @@ class Cells:
     elements: Ids
     float_bits: Ids
     edges: tuple[str | None, ...]
-    first: Ids
-    last: Ids
+    uses: tuple[tuple[int, ...], ...]
+    given: frozenset[int]
+    kept: frozenset[int]
     takes: tuple[tuple[int, tuple[int, ...]], ...]
     components: Ids
     starts: Ids
     n_slots: Ids
+
+    def lives(self, order: Sequence[int]) -> "Lives":
+        """When cells are in use if nodes run in an order."""
+        n, last_step = len(self.heads), len(order) - 1
+        first, last = [len(order)] * n, [0] * n
+        for step, node in enumerate(order):
+            for cell in self.uses[node]:
+                first[cell], last[cell] = min(first[cell], step), step
+        for cell in self.given:
+            first[cell] = 0
+        for cell in self.kept:
+            last[cell] = last_step
+        step_of = {node: step for step, node in enumerate(order)}
+        takes = []
+        for cell, sources in self.takes:
+            step = step_of[self.heads[cell]]
+            left = tuple(s for s in sources if last[s] == step and s not in self.kept)
+            if left:
+                takes.append((cell, left))
+        return Lives(np.array(first, np.int64), np.array(last, np.int64), tuple(takes))
 
     def widths(self, activation_bits: dict[str, int]) -> Ids:
         """Bits per element of each cell."""
@@ -72,6 +94,20 @@ class Cells:
             return self.elements
         kept = np.add.reduceat(~removal.removed[self.components], self.starts)
         return self.elements // self.n_slots * kept
+
+
+@dataclass(frozen=True, eq=False)
+class Lives:
+    """Cells in one order of execution.
+
+    Attributes:
+        first, last: first and last step during which a cell is in use.
+        takes: (cell, cells that nothing reads after its head and whose place it may take).
+    """
+
+    first: Ids
+    last: Ids
+    takes: tuple[tuple[int, tuple[int, ...]], ...]
 
 
 def cells_of(graph: Graph, views: Set[str] = VIEWS, in_place: Set[str] = IN_PLACE) -> Cells:
@@ -95,7 +131,6 @@ def _known(graph: Graph) -> dict[tuple[frozenset[str], frozenset[str]], Cells]:
 
 def _find(graph: Graph, views: Set[str], in_place: Set[str]) -> Cells:
     of_node, heads = _cells(graph, views)
-    first, last = _lifetimes(graph, of_node, len(heads))
     tails = {cell: index for index, cell in enumerate(of_node) if cell is not None}
     vectors = [_components(graph, head) for head in heads]
     n_slots = np.array([v.size for v in vectors], np.int64)
@@ -105,9 +140,10 @@ def _find(graph: Graph, views: Set[str], in_place: Set[str]) -> Cells:
         elements=np.array([math.prod(graph.nodes[h].shape) for h in heads], np.int64),
         float_bits=np.array([_bits_of(graph.nodes[h].dtype) for h in heads], np.int64),
         edges=tuple(edge_of(graph, tails[cell]) for cell in range(len(heads))),
-        first=np.array(first, np.int64),
-        last=np.array(last, np.int64),
-        takes=_takes(graph, of_node, heads, last, in_place),
+        uses=tuple(_uses(graph, of_node, index) for index in range(len(graph.nodes))),
+        given=frozenset(_present(of_node, graph.input_nodes)),
+        kept=frozenset(_present(of_node, (ref.index for ref in graph.outputs))),
+        takes=_takes(graph, of_node, heads, in_place),
         components=np.concatenate(vectors),
         starts=np.cumsum(n_slots) - n_slots,
         n_slots=n_slots,
@@ -153,38 +189,29 @@ def _is_fused(graph: Graph, op: str, source: int) -> bool:
     )
 
 
-def _lifetimes(
-    graph: Graph, cell_of: list[int | None], n_cells: int
-) -> tuple[list[int], list[int]]:
-    first, last = [len(graph.nodes)] * n_cells, [0] * n_cells
-    outputs = {ref.index for ref in graph.outputs}
-    for index, cell in enumerate(cell_of):
-        if cell is None:
-            continue
-        start = 0 if graph.nodes[index].op == "input" else index
-        readers = [u for u in graph.consumers[index] if graph.nodes[u].dtype]
-        end = len(graph.nodes) - 1 if index in outputs else max(readers, default=index)
-        first[cell] = min(first[cell], start)
-        last[cell] = max(last[cell], end)
-    return first, last
+def _uses(graph: Graph, cell_of: Sequence[int | None], index: int) -> tuple[int, ...]:
+    """Cells of a node's value and of what it reads; a size reads no memory."""
+    if not graph.nodes[index].dtype:
+        return ()
+    read = (ref.index for ref in refs_in(graph.nodes[index].args))
+    return tuple(dict.fromkeys(_present(cell_of, (index, *read))))
+
+
+def _present(cell_of: Sequence[int | None], nodes: Iterable[int]) -> list[int]:
+    return [cell for node in nodes if (cell := cell_of[node]) is not None]
 
 
 def _takes(
-    graph: Graph,
-    cell_of: list[int | None],
-    heads: list[int],
-    last: list[int],
-    in_place: Set[str],
+    graph: Graph, cell_of: Sequence[int | None], heads: Sequence[int], in_place: Set[str]
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
     found = []
     for cell, head in enumerate(heads):
         node = graph.nodes[head]
+        refs = refs_in(node.args) if node.op in in_place else ()
         sources = {
             source: None
-            for ref in (refs_in(node.args) if node.op in in_place else ())
-            if (source := cell_of[ref.index]) is not None
-            and _can_take(graph, ref, head)
-            and last[source] == head
+            for ref in refs
+            if (source := cell_of[ref.index]) is not None and _can_take(graph, ref, head)
         }
         if sources:
             found.append((cell, tuple(sources)))

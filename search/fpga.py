@@ -1,7 +1,7 @@
 """`search fpga`: finalists as circuits, counted by da4ml and yosys; facts beside the trials."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cost_models.fpga.circuit import total
+from cost_models.fpga.adders import ADDERS_PER_STAGE
+from cost_models.fpga.assembly import assembled
+from cost_models.fpga.circuit import Features
 from cost_models.fpga.costs import Cycles
 from cost_models.fpga.families import DEFAULT, Family, family
-from cost_models.fpga.network import Part, parts_of_model
+from cost_models.fpga.network import Part, by_step, parts_of_model
 from cost_models.fpga.synthesis import agrees, pipelined, require_tools, synthesize, traced
 from quant_ops.errors import UsageError, VerificationError
 from quant_ops.packed import PackedModel
+from quant_ops.quantized import QuantizedModel
 from search.config import read_config
 from search.front import ParetoFront
 from search.record import Record
@@ -35,11 +38,12 @@ class Measured:
         family: of the FPGA.
         lut_fitted, ff_fitted: from the fitted model, of the packed file's own codes.
         lut_da4ml: adder bits of da4ml, a cost of its own kind.
-        lut, ff: cells of yosys, each convolution's position times its positions.
+        lut, ff: cells of yosys, each convolution's position times its positions; registers between
+            parts once.
         cycles: stages of da4ml's pipelines, one part after the other.
         cycles_analytic: two adders per stage.
         parts: names of the parts that were synthesized.
-        estimated: parts that have no circuit of their own (maxima); theirs are fitted.
+        estimated: parts without weights (maxima, sums of tensors); theirs are fitted.
         seconds: of yosys.
     """
 
@@ -82,7 +86,7 @@ def measure_finalists(
         if trial not in known:
             require_tools()
             model = PackedModel.load(_packed_file(folder, front, trial)).model
-            known[trial] = _measure(trial, parts_of_model(model), of, tell)
+            known[trial] = _measure(trial, model, of, tell)
             record.add_fact(trial, FACT, asdict(known[trial]))
         out.append(known[trial])
     return out
@@ -113,12 +117,15 @@ def _packed_file(folder: Path, front: ParetoFront, trial: int) -> Path:
     return folder / front.packed[trial]
 
 
-def _measure(trial: int, parts: Sequence[Part], of: Family, tell: Told) -> Measured:
-    luts = ffs = stages = 0
+def _measure(trial: int, model: QuantizedModel, of: Family, tell: Told) -> Measured:
+    parts = parts_of_model(model)
+    steps = by_step(parts)
+    whole = assembled(model.graph, steps)
+    luts, ffs = 0, _between(parts, whole)
     adders = seconds = 0.0
     for part in parts:
         if part.kept is None:
-            luts += round(of.luts(part.features))
+            luts, ffs = luts + round(of.luts(part.features)), ffs + of.registers(part.features)
             continue
         tell(f"trial {trial}: {part.name}")
         logic = traced([part.kept])
@@ -127,23 +134,36 @@ def _measure(trial: int, parts: Sequence[Part], of: Family, tell: Told) -> Measu
         pipeline, cost = pipelined(logic)
         cells = synthesize(pipeline, of.name)
         luts, ffs = luts + part.copies * cells.lut, ffs + part.copies * cells.ff
-        adders, stages = adders + part.copies * cost.lut, stages + cost.stages
-        seconds += cells.seconds
-    features = total([part.features for part in parts])
+        adders, seconds = adders + part.copies * cost.lut, seconds + cells.seconds
+        steps[part.name] = replace(steps[part.name], depth=ADDERS_PER_STAGE * cost.stages)
     return Measured(
         trial=trial,
         family=of.name,
-        lut_fitted=round(of.luts(features)),
-        ff_fitted=round(of.registers(features)),
+        lut_fitted=round(of.luts(whole)),
+        ff_fitted=round(of.registers(whole)),
         lut_da4ml=round(adders),
         lut=luts,
-        ff=ffs,
-        cycles=stages,
-        cycles_analytic=int(Cycles().of_features(features, of)),
+        ff=round(ffs),
+        cycles=int(Cycles().of_features(assembled(model.graph, steps), of)),
+        cycles_analytic=int(Cycles().of_features(whole, of)),
         parts=tuple(part.name for part in parts if part.circuit is not None),
         estimated=tuple(part.name for part in parts if part.circuit is None),
         seconds=round(seconds, 1),
     )
+
+
+def _between(parts: Sequence[Part], whole: Features) -> float:
+    """Registers that a network has beyond its parts, which were synthesized each for itself.
+
+    Codes wait for others. Against that, codes that one part registers at its end are those that
+    the next registers as they come in, and positions share their inputs.
+    """
+    alone = Features()
+    for part in parts:
+        own = part.other if part.kept is None else part.kept.features.times(part.copies)
+        alone = alone.beside(own)
+    held = whole.code_register_bits - alone.code_register_bits
+    return held + whole.input_bits - alone.input_bits + whole.end_bits - alone.end_bits
 
 
 def fpga_rows(front: ParetoFront, folder: Path) -> tuple[list[Measured], str]:

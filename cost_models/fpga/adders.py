@@ -75,27 +75,35 @@ class AdderGraph:
         return computed, passed
 
     def register_bits(self, low: int, high: int, *, leaves: bool) -> int:
-        """Bits held between stages, registers of the inputs that are read included.
+        """Bits of sums that are held between stages, those of the inputs not.
 
         Args:
             low: smallest input.
             high: largest.
             leaves: the outputs wait for the slowest of them, and are registered once more.
         """
-        last = self.depth.copy()  # per term the depth from which it is read for the last time
+        widths = self.widths(low, high)
+        crossings = self._crossings(leaves=leaves)[self.n_inputs :]
+        at_end = int(widths[self.outputs[self.outputs >= 0]].sum()) if leaves else 0
+        return int(crossings @ widths[self.n_inputs :]) + at_end
+
+    def input_registers(self, *, leaves: bool) -> Ints:
+        """Per input the registers in a row that hold it: none where nothing reads it."""
+        read = np.zeros(self.n_inputs, np.int64)
+        for terms in (self.first, self.second, self.outputs[self.outputs >= 0]):
+            read[terms[terms < self.n_inputs]] = 1
+        registers: Ints = read + self._crossings(leaves=leaves)[: self.n_inputs]
+        return registers
+
+    def _crossings(self, *, leaves: bool) -> Ints:
+        """Per term the ends of stages between its adder and the last that reads it."""
+        last = np.maximum(self.depth - 1, 0)
         for operands in (self.first, self.second):
             np.maximum.at(last, operands, self.depth[self.n_inputs :] - 1)
-        used = self.outputs[self.outputs >= 0]
         if leaves:
-            last[used] = max(int(self.depth.max(initial=0)) - 1, 0)
-        crossings = np.maximum(last // ADDERS_PER_STAGE - stage_of(self.depth), 0)
-        widths = self.widths(low, high)
-        read = np.zeros(widths.size, np.bool_)
-        for terms in (self.first, self.second, used):
-            read[terms] = True
-        at_ends = widths[: self.n_inputs] @ read[: self.n_inputs]
-        at_ends += widths[used].sum() if leaves else 0
-        return int((crossings * widths).sum() + at_ends)
+            last[self.outputs[self.outputs >= 0]] = max(int(self.depth.max(initial=0)) - 1, 0)
+        crossings: Ints = np.maximum(last // ADDERS_PER_STAGE - stage_of(self.depth), 0)
+        return crossings
 
     @property
     def output_depths(self) -> Ints:

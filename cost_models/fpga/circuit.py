@@ -7,7 +7,8 @@ from functools import cached_property, reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.fpga.adders import ADDERS_PER_STAGE, AdderGraph, bits_between
+from cost_models.fpga.adders import AdderGraph
+from cost_models.fpga.quantizer import Operand, Quantizer, bits, crossed, quantizer
 from cost_models.fpga.rescaling import Fixed
 
 Ints = NDArray[np.int64]
@@ -25,10 +26,13 @@ class Features:
         offset_bits: bits to which a rescaling adds a constant.
         clamp_bits: code bits that a clamp decides.
         excess_bits: bits above the code that a clamp looks at.
-        register_bits: held between the stages of the matrix, its inputs included, and its outputs
-            where they leave.
-        rescale_register_bits: held in rescalings.
-        code_register_bits: held until the slowest output is there, and at the end.
+        input_bits: of the inputs that are read, registered once and where a stage needs them later.
+        register_bits: of sums, held between the stages of the matrix, and its outputs where they
+            leave.
+        product_register_bits: held in the multipliers of rescalings.
+        clamp_register_bits: held between the comparisons of clamps.
+        code_register_bits: held until the slowest output is there.
+        end_bits: codes registered at the end, where another circuit would register its inputs.
         depth: adders on the longest way.
     """
 
@@ -39,18 +43,27 @@ class Features:
     offset_bits: float = 0.0
     clamp_bits: float = 0.0
     excess_bits: float = 0.0
+    input_bits: float = 0.0
     register_bits: float = 0.0
-    rescale_register_bits: float = 0.0
+    product_register_bits: float = 0.0
+    clamp_register_bits: float = 0.0
     code_register_bits: float = 0.0
+    end_bits: float = 0.0
     depth: int = 0
+
+    @property
+    def registers(self) -> float:
+        """Bits of all registers, as they are counted."""
+        held = self.input_bits + self.register_bits + self.product_register_bits
+        return held + self.clamp_register_bits + self.code_register_bits + self.end_bits
 
     def times(self, n: int) -> "Features":
         """The same circuit `n` times, side by side."""
         return replace(self, **{name: n * getattr(self, name) for name in SUMS})
 
     def then(self, other: "Features") -> "Features":
-        """Both, one after the other."""
-        return self._with(other, self.depth + other.depth)
+        """Both, one after the other: what lies between is registered where it enters the second."""
+        return replace(self._with(other, self.depth + other.depth), end_bits=other.end_bits)
 
     def beside(self, other: "Features") -> "Features":
         """Both, at the same time."""
@@ -113,39 +126,55 @@ class Circuit:
         rescales = tuple(self.rescales[at] for at in kept) if self.rescales else ()
         return Circuit((self.weights * ~dead_inputs)[kept], self.low, self.high, rescales)
 
+    @property
+    def input_registers(self) -> Ints:
+        """Per input the registers in a row that hold it."""
+        return self.graph.input_registers(leaves=not self.rescales)
+
+    @property
+    def input_width(self) -> int:
+        """Bits of an input."""
+        return bits(self.low, self.high)
+
     @cached_property
     def features(self) -> Features:
         """What the fitted models know of it."""
-        computed, passed = self.graph.adder_bits(self.low, self.high)
+        graph = self.graph
+        computed, passed = graph.adder_bits(self.low, self.high)
+        leaves = not self.rescales
         matrix = Features(
             adder_bits=float(computed.sum()),
             carry_bits=float(passed.sum()),
             adders=float(computed.size),
-            register_bits=float(
-                self.graph.register_bits(self.low, self.high, leaves=not self.rescales)
-            ),
-            depth=int(self.graph.depth.max(initial=0)),
+            input_bits=float(self.input_registers.sum() * self.input_width),
+            register_bits=float(graph.register_bits(self.low, self.high, leaves=leaves)),
+            depth=int(graph.depth.max(initial=0)),
         )
-        if not self.rescales:
+        if not self.rescales or not len(self.weights):
             return matrix
-        if not len(self.weights):
-            return matrix
-        depths = self.graph.output_depths.tolist()
+        ends = (*self.ranges, graph.output_depths)
+        operands = map(Operand, *(part.tolist() for part in ends))
         parts = [
-            _rescaling(rescale, int(low), int(high), before)
-            for rescale, low, high, before in zip(self.rescales, *self.ranges, depths, strict=True)
+            quantizer(rescale.narrow, [operand])
+            for rescale, operand in zip(self.rescales, operands, strict=True)
         ]
-        end = max(before + part.depth for before, part in zip(depths, parts, strict=True))
-        waits = 0.0
-        for rescale, before, part in zip(self.rescales, depths, parts, strict=True):
-            stages = _stage(end) - _stage(before + part.depth) + 1
-            waits += stages * _bits(rescale.low, rescale.high) if rescale.multiplier else 0
-        total_ = reduce(Features.beside, parts)
-        return replace(matrix.then(replace(total_, code_register_bits=waits)), depth=end)
+        return replace(matrix.then(of_quantizers(parts)), depth=max(part.depth for part in parts))
 
 
-def _stage(depth: int) -> int:
-    return max(depth - 1, 0) // ADDERS_PER_STAGE
+def of_quantizers(parts: Sequence[Quantizer]) -> Features:
+    """Rescalings side by side whose codes wait for the slowest."""
+    end = max(part.depth for part in parts)
+    return Features(
+        product_bits=float(sum(part.product_bits for part in parts)),
+        offset_bits=float(sum(part.offset_bits for part in parts)),
+        clamp_bits=float(sum(part.clamp_bits for part in parts)),
+        excess_bits=float(sum(part.excess_bits for part in parts)),
+        product_register_bits=float(sum(part.product_registers for part in parts)),
+        clamp_register_bits=float(sum(part.clamp_registers for part in parts)),
+        code_register_bits=float(sum(crossed(p.depth, end) * p.code_bits for p in parts)),
+        end_bits=float(sum(part.code_bits for part in parts)),
+        depth=end,
+    )
 
 
 def accumulator_ranges(weights: Ints, low: int, high: int) -> tuple[Ints, Ints]:
@@ -153,44 +182,6 @@ def accumulator_ranges(weights: Ints, low: int, high: int) -> tuple[Ints, Ints]:
     plus = np.maximum(weights, 0).sum(axis=1)
     minus = np.maximum(-weights, 0).sum(axis=1)
     return plus * low - minus * high, plus * high - minus * low
-
-
-def _rescaling(rescale: Fixed, low: int, high: int, before: int) -> Features:
-    """Multiplier, offset and clamp of one output.
-
-    Args:
-        rescale: its constants.
-        low: its smallest accumulator.
-        high: its largest.
-        before: adders on the longest way to the accumulator.
-    """
-    if rescale.multiplier == 0:
-        return Features()
-    product = AdderGraph.of(np.array([[rescale.multiplier]]))
-    below = low * rescale.multiplier + rescale.offset
-    above = high * rescale.multiplier + rescale.offset
-    width, depth, offset_bits = _bits(below, above), int(product.depth.max(initial=0)), 0
-    if rescale.offset:
-        zeros = (rescale.offset & -rescale.offset).bit_length() - 1
-        offset_bits = max(width - zeros, 0)
-        depth += 1
-    code_bits = _bits(rescale.low, rescale.high)
-    kept = _bits(below >> rescale.shift, above >> rescale.shift)
-    clamps = below >> rescale.shift < rescale.low or above >> rescale.shift > rescale.high
-    depth += clamps
-    crossed = _stage(before + depth) - _stage(before)
-    return Features(
-        product_bits=float(product.adder_bits(low, high)[0].sum()),
-        offset_bits=float(offset_bits),
-        clamp_bits=float(code_bits) if clamps else 0.0,
-        excess_bits=float(max(kept - code_bits, 0)) if clamps else 0.0,
-        rescale_register_bits=crossed * (width + _bits(low, high)) / 2,
-        depth=depth,
-    )
-
-
-def _bits(low: int, high: int) -> int:
-    return int(bits_between(np.array([low]), np.array([high]))[0])
 
 
 def total(parts: Sequence[Features]) -> Features:

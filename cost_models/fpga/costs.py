@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from cost_models.base import CostModel, Kind
 from cost_models.fpga.adders import ADDERS_PER_STAGE
-from cost_models.fpga.circuit import Features, total
+from cost_models.fpga.assembly import assembled
+from cost_models.fpga.circuit import Features
 from cost_models.fpga.families import DEFAULT, Family, family
-from cost_models.fpga.network import Unrolled, parts_of_model
+from cost_models.fpga.network import Unrolled, by_step, parts_of_model
 from quant_ops.bank import WeightBank
 from quant_ops.candidate import Candidate
 from quant_ops.graph import Graph
@@ -55,8 +56,8 @@ class FpgaCost(CostModel):
         """
         if self._family is None:
             raise ValueError(f"{self.name} needs a family: bind it first")
-        parts = parts_of_model(model)
-        return self.of_features(total([part.features for part in parts]), self._family)
+        features = assembled(model.graph, by_step(parts_of_model(model)))
+        return self.of_features(features, self._family)
 
     @abstractmethod
     def of_features(self, features: Features, of: Family) -> float:

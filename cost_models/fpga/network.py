@@ -1,13 +1,15 @@
 """From a candidate's integer program to circuits, each layer looked at once per set of widths."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.fpga.circuit import Circuit, Features, accumulator_ranges, total
+from cost_models.fpga.assembly import NOTHING, assembled
+from cost_models.fpga.circuit import Circuit, Features, accumulator_ranges
+from cost_models.fpga.elementwise import moved, rescaled_sum
 from cost_models.fpga.rescaling import MAX_CODES, Fixed, cheapest
 from quant_ops.bank import WeightBank
 from quant_ops.candidate import Candidate, LayerQuant
@@ -15,20 +17,28 @@ from quant_ops.channels import live_inputs
 from quant_ops.dual import pairs
 from quant_ops.edges import edge_of
 from quant_ops.errors import UsageError
-from quant_ops.graph import Graph, Layer, Ref
+from quant_ops.graph import Graph, Layer, Ref, Shape, refs_in
 from quant_ops.lowering import lower
 from quant_ops.per_graph import per_graph
-from quant_ops.program import Average, Call, Convolution, Input, IntegerProgram, MatMul, Move, Step
+from quant_ops.program import (
+    Average,
+    Call,
+    Combine,
+    Concatenate,
+    Convolution,
+    Input,
+    IntegerProgram,
+    MatMul,
+    Move,
+    Step,
+)
 from quant_ops.quantized import QuantizedModel
 from quant_ops.requantize import Codes, Rescale
 
 MAX_WEIGHTS = 20_000  # of a layer that is unrolled: beyond, looking for shared sums takes minutes
 Mask = NDArray[np.bool_]
 Ends = tuple[bytes, bytes]  # inputs that a layer does not read, outputs that are constant
-Key = tuple[str, LayerQuant | None, bytes | None, int, int]
-
-
-NOTHING = Features()
+Key = tuple[str, LayerQuant | None, bytes | None, tuple[int, ...], int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +51,8 @@ class Part:
         kept: the circuit without constant inputs and without outputs that the next layer ignores.
         copies: how many positions there are.
         other: features of what has no circuit.
+        taps, pixels: inputs of the circuit per channel, and elements of a channel of the source,
+            which positions have in common; no pixels where every position has inputs of its own.
     """
 
     name: str
@@ -48,11 +60,19 @@ class Part:
     kept: Circuit | None
     copies: int
     other: Features = NOTHING
+    taps: int = 1
+    pixels: int = 0
 
     @property
     def features(self) -> Features:
-        """Of all copies."""
-        return self.other if self.kept is None else self.kept.features.times(self.copies)
+        """Of all copies; an input that several of them read is held once."""
+        if self.kept is None:
+            return self.other
+        every = self.kept.features.times(self.copies)
+        if not self.pixels:
+            return every
+        held = self.kept.input_registers.reshape(-1, self.taps).max(axis=1, initial=0).sum()
+        return replace(every, input_bits=float(held * self.kept.input_width * self.pixels))
 
 
 class Unrolled:
@@ -77,25 +97,24 @@ class Unrolled:
             UsageError: something of the network has no circuit; says what and what to do.
         """
         if self._last is None or self._last[0] != candidate:
-            self._last = candidate, self._sum(candidate)
+            self._last = candidate, self._assembled(candidate)
         return self._last[1]
 
-    def _sum(self, candidate: Candidate) -> Features:
+    def _assembled(self, candidate: Candidate) -> Features:
         keys = self.keys(candidate)
         if any(key not in self._ends for key in keys):
             self._learn(candidate, keys)
         full = self._with_neighbours(keys)
         if any(key not in self._known for key in full):
             self._learn(candidate, keys)
-        return total([self._known[key] for key in full])
+        return assembled(self._graph, {key[0][0]: self._known[key] for key in full})
 
     def _learn(self, candidate: Candidate, keys: list[Key]) -> None:
         """Build the circuits of a candidate, and keep what others can look up."""
-        found: dict[str, Features] = {}
         ends: dict[str, Ends] = {}
-        for part in parts_of_model(self._bank.quantize(candidate)):
-            before = found.get(part.name, NOTHING)  # other groups of the same convolution
-            found[part.name] = before.beside(part.features)
+        parts = parts_of_model(self._bank.quantize(candidate))
+        found = by_step(parts)
+        for part in parts:
             if part.circuit is not None:
                 unread = ~part.circuit.weights.any(axis=0)
                 ends[part.name] = unread.tobytes(), part.circuit.constant.tobytes()
@@ -120,33 +139,42 @@ class Unrolled:
         prunes = any(0 in quant.bit_widths for quant in assignment.values())
         live = live_inputs(graph, candidate) if prunes else {}
         out = []
-        for site, source, layer, edge in _sites(graph):
+        for site, sources, layer, edge in _sites(graph):
             quant = None if layer is None else assignment.get(layer)
             mask = None if layer is None or layer not in live else live[layer].tobytes()
-            out.append((site, quant, mask, edges.get(source, 0), edges.get(edge, 0)))
+            widths = tuple(edges.get(source, 0) for source in sources)
+            out.append((site, quant, mask, widths, edges.get(edge, 0)))
         return out
 
 
 @per_graph
-def _sites(graph: Graph) -> list[tuple[str, str, str | None, str]]:
-    """(node, edge of its first source, layer, own edge) of every node that computes."""
+def _sites(graph: Graph) -> list[tuple[str, tuple[str, ...], str | None, str]]:
+    """(node, edges of its sources, layer, own edge) of every node that computes."""
     out = []
     for index, node in enumerate(graph.nodes):
-        source = node.args[0] if node.args and isinstance(node.args[0], Ref) else None
-        if source is not None and node.dtype:
+        sources = [ref.index for ref in refs_in(node.args)]
+        if sources and node.dtype:
             layer = graph.layer_at.get(index)
             name = None if layer is None else layer.name
-            edges = edge_of(graph, source.index) or "", edge_of(graph, index) or ""
-            out.append((node.name, edges[0], name, edges[1]))
+            edges = tuple(edge_of(graph, source) or "" for source in sources)
+            out.append((node.name, edges, name, edge_of(graph, index) or ""))
     return out
+
+
+def by_step(parts: Iterable[Part]) -> dict[str, Features]:
+    """Node name to the features of all its parts, which stand side by side."""
+    found: dict[str, Features] = {}
+    for part in parts:
+        found[part.name] = found.get(part.name, NOTHING).beside(part.features)
+    return found
 
 
 def parts_of_model(model: QuantizedModel) -> list[Part]:
     """Every step of a model's integer program that takes resources, in execution order.
 
     Raises:
-        UsageError: floats, sums of two tensors, a layer too large to be unrolled, or an operator
-            without a circuit; says what and what to do.
+        UsageError: floats, a layer too large to be unrolled, or an operator without a circuit; says
+            what and what to do.
     """
     program, graph = _lowered(model), model.graph
     prunes = any(0 in quant.bit_widths for _, quant in model.candidate.layers)
@@ -231,19 +259,25 @@ def _parts(
         layer = graph.layer_at[graph.index_of[step.name]]
         for weights, rescale, copies in _matrices(step, layer, shape, live.get(layer.name)):
             circuit = _circuit(weights, source, rescale)
-            yield Part(step.name, circuit, circuit, copies)
+            part = Part(step.name, circuit, circuit, copies)
+            if isinstance(step, Convolution):
+                pixels = math.prod(graph.nodes[step.sources[0]].shape[2:])
+                part = replace(part, taps=math.prod(step.weights.shape[2:]), pixels=pixels)
+            yield part
     elif isinstance(step, Average):
         window = math.prod(int((end - start).max()) for start, end in step.windows)
         weights = np.ones((1, window), np.int64)
         circuit = _circuit(weights, source, _cut(step.rescale, slice(0, 1)))
         copies = math.prod(shape)
         yield Part(step.name, circuit, circuit, copies)
-    elif isinstance(step, Move):
-        yield from _moves(step, source, graph, shape)
+    elif isinstance(step, Combine | Concatenate | Move):
+        other = _weightless(step, program, graph, shape)
+        if other is not None:
+            yield Part(step.name, None, None, 1, other)
     else:
         raise UsageError(
             f"operator {graph.nodes[step.out].op} ({step.name}) has no FPGA cost yet; FPGA budgets "
-            f"are for networks of linear layers, convolutions, pooling and ReLU"
+            f"are for networks of linear layers, convolutions, additions, pooling and ReLU"
         )
 
 
@@ -298,18 +332,20 @@ def _circuit(weights: NDArray[np.int64], source: Codes, rescale: Rescale) -> Cir
     return Circuit(weights, source.low, source.high, tuple(rows))
 
 
-def _moves(step: Move, source: Codes, graph: Graph, shape: tuple[int, ...]) -> Iterator[Part]:
-    """Maxima: each a subtraction and a choice of one of two codes. Other moves are wires."""
-    bits = max(source.high.bit_length(), (-source.low - 1).bit_length() if source.low < 0 else 0)
-    bits += source.low < 0
-    n = math.prod(shape)
-    if step.op.startswith(("max_pool", "adaptive_max_pool")):
-        n_in = math.prod(graph.nodes[step.sources[0]].shape)
-        n_maxima = max(n_in - n, 0)
-        depth = max(math.ceil(math.log2(max(n_in // max(n, 1), 1))), 1)
-        features = Features(
-            adder_bits=float(n_maxima * bits), clamp_bits=float(n_maxima * bits), depth=depth
-        )
-        yield Part(step.name, None, None, 1, features)
-    elif step.op.startswith("relu") and source.low < source.zero_point:
-        yield Part(step.name, None, None, 1, Features(clamp_bits=float(n * bits)))
+def _weightless(
+    step: Combine | Concatenate | Move, program: IntegerProgram, graph: Graph, shape: Shape
+) -> Features | None:
+    """Features of a step on codes alone, None where it is wires or its sums leave the network."""
+    sources = [program.codes[number] for number in step.sources]
+    codes = [source for source in sources if source is not None]
+    if isinstance(step, Move):
+        return moved(step, codes[0], graph.nodes[step.sources[0]].shape, shape)
+    if isinstance(step, Combine):
+        if step.rescale.high - step.rescale.low > MAX_CODES:
+            return None
+        return rescaled_sum(step.rescale, codes, math.prod(shape))
+    found = NOTHING
+    for number, rescale, code in zip(step.sources, step.rescales, codes, strict=True):
+        n_elements = math.prod(graph.nodes[number].shape)
+        found = found.beside(rescaled_sum(rescale, [code], n_elements))
+    return found

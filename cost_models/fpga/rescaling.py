@@ -30,6 +30,11 @@ class Fixed:
         codes: NDArray[np.int64] = np.clip(total >> self.shift, self.low, self.high)
         return codes
 
+    @property
+    def narrow(self) -> NarrowRescale:
+        """The same constants, as for a sum of one term."""
+        return NarrowRescale((self.multiplier,), self.offset, self.shift, 0, self.low, self.high)
+
 
 def cheapest(exact: Fixed, low: int, high: int) -> Fixed:
     """Constants with few digits that agree with `exact` wherever low <= accumulator <= high.
@@ -49,6 +54,5 @@ def cheapest(exact: Fixed, low: int, high: int) -> Fixed:
     if exact.multiplier == 0 or exact.low == exact.high:
         code = int(np.clip(exact.offset >> exact.shift, exact.low, exact.high))
         return Fixed(0, code, 0, exact.low, exact.high)
-    given = NarrowRescale((exact.multiplier,), exact.offset, exact.shift, 0, exact.low, exact.high)
-    found = narrowed(given, (low, high))
+    found = narrowed(exact.narrow, (low, high))
     return Fixed(found.multipliers[0], found.offset, found.shift, exact.low, exact.high)

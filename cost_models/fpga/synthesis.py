@@ -15,7 +15,7 @@ import numpy as np
 
 from cost_models.fpga.adders import ADDERS_PER_STAGE
 from cost_models.fpga.circuit import Circuit
-from cost_models.fpga.rescaling import Fixed
+from cost_models.fpga.symbols import clamped_floor, within
 from quant_ops.errors import EnvironmentFault
 
 YOSYS_FAMILIES = ("xc7", "xcup")
@@ -91,24 +91,10 @@ def traced(circuits: Sequence[Circuit]) -> Any:
     for circuit in circuits:
         values = values @ circuit.weights.T.astype(np.float64)
         if circuit.rescales:
-            values = FixedVariableArray(
-                [_rescaled(v, r) for v, r in zip(values, circuit.rescales, strict=True)]
-            )
+            sums = [within(v, *ends) for v, *ends in zip(values, *circuit.ranges, strict=True)]
+            pairs = zip(circuit.rescales, sums, strict=True)
+            values = FixedVariableArray([clamped_floor(r.narrow, [v]) for r, v in pairs])
     return comb_trace(inputs, values)
-
-
-def _rescaled(value: Any, rescale: Fixed) -> Any:
-    from da4ml.trace import FixedVariable
-
-    if rescale.multiplier == 0:
-        return FixedVariable.from_const(float(rescale.offset), hwconf=value.hwconf)
-    signed = rescale.low < 0
-    bits = max((-rescale.low - 1 if signed else 0).bit_length(), rescale.high.bit_length())
-    total = value * float(rescale.multiplier) + float(rescale.offset)
-    code = total.quantize(
-        int(signed), bits + rescale.shift, -rescale.shift, overflow_mode="SAT", round_mode="TRN"
-    )
-    return code * 2.0**-rescale.shift
 
 
 def agrees(logic: Any, circuits: Sequence[Circuit]) -> bool:

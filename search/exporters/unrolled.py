@@ -5,7 +5,6 @@ The adder graphs are da4ml's [Sun2025]: distributed arithmetic with shared subex
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cost_models.fpga.symbols import clamped_floor, tree, within
 from quant_ops.errors import EnvironmentFault
 from quant_ops.graph import Graph, Ref
 from quant_ops.narrow import channel_of, narrowed
@@ -202,7 +202,7 @@ class _Walk:
         (x,) = self._sources(step)
         for axis, (start, end) in zip(step.axes, step.windows, strict=True):
             moved = np.moveaxis(x, axis, 0)
-            sums = [reduce(np.add, moved[a:b]) for a, b in zip(start, end, strict=True)]
+            sums = [tree(np.add, moved[a:b]) for a, b in zip(start, end, strict=True)]
             x = np.moveaxis(np.stack(sums), 0, axis)
         if not step.keep_axes:
             x = x.squeeze(step.axes)
@@ -255,7 +255,11 @@ class _Walk:
         if not used.any():
             return np.full(weights.shape[1], self._constant(0), object)
         kept = self._array(taps[used], hwconf=self._hardware)
-        return np.asarray(self._cmvm(weights[used].astype(np.float64), kept, {}), object)
+        sums = self._cmvm(weights[used].astype(np.float64), kept, {})
+        ends = np.array([[float(t.low), float(t.high)] for t in taps[used]]).T
+        plus, minus = np.maximum(weights[used], 0).T, np.maximum(-weights[used], 0).T
+        lows, highs = plus @ ends[0] - minus @ ends[1], plus @ ends[1] - minus @ ends[0]
+        return np.array([within(*v) for v in zip(sums, lows, highs, strict=True)], object)
 
     def _rescaled(self, rescale: Rescale, out: int, *sums: Wires) -> Wires:
         """Codes minus the zero point; the sums themselves where only the caller reads them."""

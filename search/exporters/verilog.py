@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cost_models.fpga.adders import ADDERS_PER_STAGE
 from quant_ops.errors import VerificationError
 from quant_ops.lowering import lower
 from quant_ops.packed import PackedModel
@@ -21,7 +22,6 @@ from search.exporters.unrolled import Unrolled, refusals, unroll
 TOP = "network"
 PORTS = "ports.json"
 WIDE_LITERAL = re.compile(r"= 'b([01]{32,})")  # without a size they hold 32 bits
-STAGE_DELAY = 5.0  # adders between two registers
 LICENCE = (
     "The files in rtl/static/ are parts of da4ml (LGPL-3.0-or-later, https://github.com/calad0i/"
     "da4ml), which also laid out the adders of rtl/network*.v."
@@ -105,7 +105,7 @@ def _write_logic(found: Unrolled, path: Path) -> int:
     from da4ml.codegen import RTLModel
     from da4ml.trace.pipeline import to_pipeline
 
-    pipeline = to_pipeline(found.logic, STAGE_DELAY, verbose=False)
+    pipeline = to_pipeline(found.logic, ADDERS_PER_STAGE, verbose=False)
     project = path / "project"
     RTLModel(pipeline, TOP, project).write()
     shutil.move(project / "src", path / "rtl")

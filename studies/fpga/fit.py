@@ -15,7 +15,7 @@ from studies.fpga.calibrate import features_of, today
 LUT_TERMS = (
     "adder_bits", "carry_bits", "product_bits", "offset_bits", "clamp_bits", "excess_bits",
 )  # fmt: skip
-FF_TERMS = ("register_bits", "adder_bits", "rescale_register_bits", "code_register_bits")
+FF_TERMS = ("registers", "adder_bits")
 SMALLEST = 20.0  # a circuit below has no percentage worth stating
 SMALL = 100.0  # LUTs or registers below which errors count as of this many
 
@@ -37,6 +37,8 @@ def fit(family: str, rows: Sequence[Row]) -> None:
         predicted = design @ factors
         print(what, tables[what])
         errors[what] = _report(rows, predicted, measured)
+        if what == "ff":
+            print("  counted alone:", _errors(design[:, 0], measured, ~is_fitted))
         other = np.array([float(row[f"da4ml_{what}"]) for row in rows])
         print("  da4ml itself:", {k: v for k, v in _errors(other, measured, ~is_fitted).items()})
     stages = np.array([float(row["stages"]) for row in rows])

@@ -13,6 +13,7 @@ from quant_ops.packed import PackedModel
 from quant_ops.program import IntegerProgram
 from quant_ops.reference import run_torch
 from search.exporters.c.emit import Source, emit
+from search.exporters.c.memory import ordered
 from search.exporters.c.network import Network
 from search.exporters.c.reduced import reduced_program
 from search.exporters.c.translate import translate
@@ -49,7 +50,7 @@ def generate(packed: PackedModel, name: str = "network") -> CLibrary:
     Raises:
         UsageError: the network holds an operator that the target cannot express.
     """
-    network = translate(reduced_program(packed.model))
+    network = ordered(translate(reduced_program(packed.model)))
     source = emit(network, name)
     texts = {
         f"{name}.h": source.header,

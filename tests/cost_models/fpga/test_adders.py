@@ -61,7 +61,8 @@ def test_a_matrix_of_zeros_has_no_adders():
     assert list(graph.outputs) == [-1, -1, -1]
     assert graph.register_bits(0, 15, leaves=True) == 0
     one = AdderGraph.of(np.array([[0, 1, 0, 0]]))
-    assert one.register_bits(0, 15, leaves=True) == 8  # the input that is read, and the output
+    assert list(one.input_registers(leaves=True)) == [0, 1, 0, 0]
+    assert one.register_bits(0, 15, leaves=True) == 4  # the output
 
 
 def test_bits_below_both_operands_and_carries_take_no_table():

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from cost_models.base import CostModel
+from cost_models.fpga.assembly import assembled
 from cost_models.fpga.circuit import Circuit
-from cost_models.fpga.network import parts_of_model
+from cost_models.fpga.network import by_step, parts_of_model
+from cost_models.fpga.quantizer import crossed
 from cost_models.fpga.synthesis import agrees, missing_tools, pipelined, synthesize, traced
 from cost_models.table import FPGA_COSTS, cost_model
 from quant_ops.bank import WeightBank
@@ -18,6 +21,7 @@ from quant_ops.errors import UsageError
 from quant_ops.lowering import lower
 from quant_ops.reference import run
 from search.capture import trace
+from search.exporters.unrolled import unroll
 
 
 def bank_of(model: nn.Module, *shape: int) -> tuple[WeightBank, torch.Tensor]:
@@ -93,6 +97,71 @@ def test_costs_of_a_convolution_are_those_of_one_position_times_positions():
     assert bound(bank)["lut"].cost(bank.graph, candidate_of(bank)) > 0
 
 
+class Residual(nn.Module):
+    """A block whose short way waits for three layers; its addition has two scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(5, 6)
+        self.long = nn.Sequential(
+            nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6)
+        )
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.stem(x))
+        return self.head(functional.relu(self.long(x) + x))
+
+
+@pytest.fixture(scope="module")
+def residual() -> WeightBank:
+    torch.manual_seed(0)
+    return bank_of(Residual(), 5)[0]
+
+
+def test_an_addition_is_adders_and_a_clamp_at_the_widths_of_its_codes(residual):
+    model = residual.quantize(candidate_of(residual))
+    addition = next(p for p in parts_of_model(model) if p.circuit is None)
+    assert addition.features.product_bits > 0
+    assert addition.features.clamp_bits == 6 * 4
+    # The long way's codes lie about a zero point, which takes a sign.
+    assert addition.features.input_bits == 6 * (4 + 5)
+    assert addition.features.end_bits == 6 * 4
+    wide = residual.quantize(candidate_of(residual, activations=6))
+    other = next(p for p in parts_of_model(wide) if p.circuit is None)
+    assert other.features.product_bits > addition.features.product_bits
+
+
+def test_the_short_way_of_a_block_is_held_and_does_not_lengthen_the_long_one(residual):
+    model = residual.quantize(candidate_of(residual))
+    steps = by_step(parts_of_model(model))
+    whole = assembled(residual.graph, steps)
+    assert whole.depth == sum(step.depth for step in steps.values())
+    first, *long, addition, _ = steps.values()
+    start = first.depth + sum(step.depth for step in long)
+    held = whole.code_register_bits - sum(step.code_register_bits for step in steps.values())
+    assert held == crossed(first.depth, start) * first.end_bits > 0
+    assert whole.end_bits == 0  # accumulators leave
+    assert addition.end_bits == 24
+
+
+def test_a_looked_up_cost_knows_both_operands_of_an_addition(residual):
+    cost = bound(residual)["lut"]
+    narrow = candidate_of(residual)
+    cost.cost(residual.graph, narrow)
+    for name in narrow.activation_bits:
+        wider = Candidate(narrow.layers, tuple({**narrow.activation_bits, name: 7}.items()))
+        assert cost.cost(residual.graph, wider) == cost.cost_of(residual.quantize(wider))
+
+
+def test_positions_share_the_registers_of_their_inputs():
+    torch.manual_seed(0)
+    bank, _ = bank_of(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1)), 2, 6, 6)
+    first = parts_of_model(bank.quantize(candidate_of(bank)))[0]
+    alone = first.kept.features.times(16).input_bits
+    assert 2 * 36 * 8 <= first.features.input_bits < alone
+
+
 def bound(bank: WeightBank, family: str = "xc7") -> dict[str, CostModel]:
     return {name: cost_model(name).bound(bank, {"fpga": family}) for name in FPGA_COSTS}
 
@@ -142,3 +211,27 @@ def test_yosys_counts_what_is_fitted():
     cells = synthesize(pipeline, "xc7")
     assert 0.5 * adders.lut < cells.lut <= 1.1 * adders.lut
     assert cells.ff > 0
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.first(x))
+        return self.head(functional.relu(self.second(x) + x))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing_tools()), reason=f"needs {', '.join(missing_tools())}")
+def test_yosys_counts_what_is_fitted_for_a_whole_residual_block():
+    torch.manual_seed(0)
+    bank, _ = bank_of(Block(), 4)
+    model = bank.quantize(candidate_of(bank, 3, 3))
+    pipeline, adders = pipelined(unroll(lower(model), bank.graph).logic)
+    cells = synthesize(pipeline, "xc7")
+    found = {name: cost.cost_of(model) for name, cost in bound(bank).items()}
+    assert found["lut"] == pytest.approx(cells.lut, rel=0.15)
+    assert found["ff"] == pytest.approx(cells.ff, rel=0.2)
+    assert found["cycles"] == pytest.approx(adders.stages, abs=2)

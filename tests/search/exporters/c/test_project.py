@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from quant_ops.errors import UsageError, VerificationError
 from search.exporters.c.compiler import compile_c, load_library, sections
 from search.exporters.c.exporter import CExporter
+from search.exporters.c.memory import lay_out
 from search.exporters.c.moves import HOLE, loops
 from search.exporters.c.project import generate
+from search.exporters.c.reduced import reduced_program
+from search.exporters.c.translate import translate
 from search.tasks.models import CifarResNet
 
 SANITIZERS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -129,6 +132,35 @@ def test_nothing_of_libc_but_memcpy_is_called(project: Path, tmp_path: Path) -> 
         ["nm", "-u", str(tmp_path / "n.o")], capture_output=True, text=True, check=True
     )
     assert {line.split()[-1] for line in done.stdout.splitlines()} <= {"memcpy"}
+
+
+class Wide(nn.Module):
+    """Two wide values, each reduced at once if the library may choose when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen = nn.ModuleList(nn.Conv2d(2, 32, 1) for _ in range(2))
+        self.reduce = nn.ModuleList(nn.Conv2d(32, 2, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = (F.relu(widen(x)) for widen in self.widen)
+        return self.reduce[0](one) + self.reduce[1](two)
+
+
+@pytest.mark.compiled
+def test_operations_run_in_the_order_that_needs_least_memory(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 8, 8)
+    packed = random_packed(Wide(), (x,), 0)
+    given = translate(reduced_program(packed.model))
+    write_project(packed, (x,), tmp_path)
+    facts = json.loads((tmp_path / "library.json").read_text())
+    assert facts["ram_bytes"] < 0.75 * lay_out(given).n_bytes
+    said = make(tmp_path, "check", "CFLAGS=-O1 -DBITFRONT_PORTABLE", level=0)
+    assert "4 samples, 0 output integers differ" in said
+    compile_c([tmp_path / "network.c"], tmp_path / "n.o", ("-c", "-Os", "-DBITFRONT_PORTABLE"))
+    found = sections(tmp_path / "n.o")
+    assert found is None or found.ram == facts["ram_bytes"]
 
 
 @pytest.mark.compiled
