@@ -34,7 +34,7 @@ from quant_ops.program import (
 from quant_ops.requantize import WIDE_LIMIT, Codes, Rescale
 from search.exporters.base import Refusal
 from search.exporters.ports import Port
-from search.exporters.wires import POOL, Wires, clamped_floor, each, is_plain_pool, pooled
+from search.exporters.wires import POOL, Wires, each, is_plain_pool, pooled
 
 if TYPE_CHECKING:
     from da4ml.types import CombLogic
