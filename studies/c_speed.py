@@ -52,16 +52,17 @@ def main() -> None:
     """Measure, print and keep one row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--best", default="140kB")
+    parser.add_argument("--best")
+    parser.add_argument("--trial", type=int)
     parser.add_argument("--data")
     arguments = parser.parse_args()
     config, _ = read_config(arguments.run)
     folder = arguments.data or config.data
     task = load_task(config.task, data=Path(folder) if folder else None)
     prepared = prepare(task, config)
-    evaluation = choose_trial(arguments.run, trial=None, best=arguments.best)
+    evaluation = choose_trial(arguments.run, trial=arguments.trial, best=arguments.best)
     packed = pack_trial(prepared, evaluation, arguments.run)
-    row: dict[str, Any] = {"task": config.task, "date": str(date.today())}
+    row: dict[str, Any] = {"task": task.name, "date": str(date.today())}
     row |= {"processor": processor(), "packed_bytes": packed.size_bytes}
     with tempfile.TemporaryDirectory() as scratch:
         row |= measured(prepared, packed, Path(scratch))

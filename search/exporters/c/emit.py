@@ -283,7 +283,7 @@ class _Emitter:
             _type(op.source), _type(op.target), op.source.codes.zero_point, r.zero_point, r.low,
             r.high, op.sizes, op.out_sizes, op.kernel, op.stride, op.padding, op.dilation,
             op.spread, op.channels, op.out_channels, op.groups, len(rows.blocks), n_shared,
-            int(op.bits == 64), int(not rows.fits_int8),
+            int(op.bits == 64), int(not rows.fits_int8), rows.depth,
         ]  # fmt: skip
         self.n_constant_bytes += 4 * sum(1 if isinstance(n, int) else len(n) for n in numbers)
         text = ", ".join(
@@ -332,8 +332,8 @@ class _Emitter:
         is_narrow = all(v.type in ("uint8", "int8") for v in (*op.sources, op.target))
         fast = [
             "#if BF_X86",
-            "        if (LEVEL > 1)",
-            f"            bf_sum_vnni({where}, {constants});",
+            "        if (LEVEL > 0)",
+            f"            bf_sum_fast(LEVEL, {where}, {constants});",
             "        else",
             "#endif",
         ]

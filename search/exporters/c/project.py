@@ -19,7 +19,7 @@ from search.exporters.c.reduced import reduced_program
 from search.exporters.c.translate import translate
 
 TEMPLATES = files("search.exporters.c") / "templates"
-KERNELS = ("bitfront_kernels.h", "bitfront_x86.h")
+KERNELS = ("bitfront_kernels.h", "bitfront_x86.h", "bitfront_avx2.h")
 DESCRIPTION = "library.json"
 Array = NDArray[np.generic]
 

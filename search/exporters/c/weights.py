@@ -9,7 +9,9 @@ from quant_ops.bit_widths import TERNARY, code_bytes
 from quant_ops.bitpack import pack_bits
 from quant_ops.program import WeightCodes
 from quant_ops.quantized import QuantizedLayer, code_range
+from quant_ops.runtime_mode import INT16_MAX, largest_pairs
 
+BYTE_MAX = 255
 TERNARY_KIND = 9  # how the kernels call a width that is no whole number of bits
 
 
@@ -38,6 +40,8 @@ class PackedRows:
         order: output channel of each row; rows are sorted by width.
         addends: one per row where they differ inside a block (affine codes), else empty.
         fits_int8: whether every weight lies in -128..127.
+        depth: how many products of four taps with bytes of 0 to 255 can be summed pairwise in 16
+            bits; 0: not even one, or not `fits_int8`.
     """
 
     blocks: tuple[Block, ...]
@@ -45,6 +49,7 @@ class PackedRows:
     order: NDArray[np.int64]
     addends: tuple[int, ...]
     fits_int8: bool
+    depth: int
 
 
 def pack_rows(weights: WeightCodes, layer: QuantizedLayer) -> PackedRows:
@@ -77,7 +82,15 @@ def pack_rows(weights: WeightCodes, layer: QuantizedLayer) -> PackedRows:
             data += pack_bits(row, width)
     differs = layer.zero_points is not None
     fits = bool((weights >= -128).all() and (weights <= 127).all())
-    return PackedRows(tuple(blocks), bytes(data), order, tuple(addends) if differs else (), fits)
+    pairs = BYTE_MAX * int(largest_pairs(weights).max(initial=1))
+    return PackedRows(
+        tuple(blocks),
+        bytes(data),
+        order,
+        tuple(addends) if differs else (),
+        fits,
+        INT16_MAX // max(pairs, 1) if fits else 0,
+    )
 
 
 def _offsets(

@@ -36,6 +36,7 @@ typedef struct {
     int32_t channels, out_channels, groups, n_blocks, n_shared;
     int32_t wide;   /* sums of 64 bits */
     int32_t scaled; /* some weights do not fit 8 bits */
+    int32_t depth;  /* products of four taps of one channel whose pairs can be summed in 16 bits */
 } bf_conv;
 
 typedef struct {

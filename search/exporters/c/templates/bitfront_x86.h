@@ -3,10 +3,7 @@
  * Weights are repacked once into the arena, 16 output channels side by side and four taps of each
  * together. Activations enter as they are stored, 0..255 (signed ones plus 128), padding holds the
  * zero point, and zero * (sum of weights) is taken off at the end: equal to centred activations,
- * since no tap is missing. Sums wrap in 32 bits on the way and end inside them.
- *
- * AVX2 has no unsigned x signed product that does not saturate at 16 bits, so there both factors
- * are widened to 16 bits first, where products and their pairwise sums fit 32 bits. */
+ * since no tap is missing. Sums wrap in 32 bits on the way and end inside them. */
 #ifndef BITFRONT_X86_H
 #define BITFRONT_X86_H
 
@@ -29,6 +26,7 @@ typedef struct {
     int32_t flip;                   /* 128 for signed activations: added to them */
     int32_t zero_in, is_long, zero, low, high; /* is_long: 32-bit results */
     int32_t scaled;                 /* weight = factor * byte + addend, else the byte itself */
+    int32_t depth;                  /* bundles of four taps whose 16-bit sums stay below, or 0 */
     int32_t copies;                 /* activations are padded or flipped: read from a copy */
 } bf_fast_conv;
 
@@ -64,6 +62,7 @@ static inline bf_fast_conv bf_fast_of(const bf_conv *c)
     f.low = c->low;
     f.high = c->high;
     f.scaled = c->scaled;
+    f.depth = c->depth;
     f.copies = f.flip || f.padded_h != f.in_h || f.padded_w != f.in_w || f.length % 4;
     return f;
 }
@@ -266,47 +265,6 @@ BF_TILE(6, 4)
 BF_TILE(8, 2)
 BF_TILE(12, 1)
 
-/* Four positions x 16 channels without VNNI, two halves of 8 channels. */
-BF_AVX2 static void bf_tile_avx2(const bf_fast_conv *f, const uint8_t *const *in,
-                                 const uint8_t *weights, int32_t (*sums)[BF_LANES],
-                                 int32_t *totals)
-{
-    const int32_t quads = bf_quads(f);
-    for (int half = 0; half < 2; half++) {
-        __m256i low[4], high[4], total[4];
-        const uint8_t *taps = weights + 32 * half;
-        for (int p = 0; p < 4; p++) low[p] = high[p] = total[p] = _mm256_setzero_si256();
-        for (int32_t run = 0; run < f->runs; run++) {
-            const int32_t first = bf_run_at(f, run);
-            for (int32_t q = 0; q < quads; q++, taps += 64) {
-                const __m256i w0 =
-                    _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)taps));
-                const __m256i w1 = _mm256_cvtepi8_epi16(
-                    _mm_loadu_si128((const __m128i *)(const void *)(taps + 16)));
-                const __m256i ones = _mm256_cvtepi8_epi16(
-                    _mm_set1_epi32(q + 1 == quads ? bf_last_ones(f) : 0x01010101));
-                for (int p = 0; p < 4; p++) {
-                    const __m256i x = _mm256_cvtepu8_epi16(
-                        _mm_set1_epi32(bf_bytes4(in[p] + first + 4 * q)));
-                    low[p] = _mm256_add_epi32(low[p], _mm256_madd_epi16(x, w0));
-                    high[p] = _mm256_add_epi32(high[p], _mm256_madd_epi16(x, w1));
-                    if (f->scaled && !half)
-                        total[p] = _mm256_add_epi32(total[p], _mm256_madd_epi16(x, ones));
-                }
-            }
-        }
-        for (int p = 0; p < 4; p++) {
-            const __m256i pairs = _mm256_hadd_epi32(low[p], high[p]);
-            _mm256_storeu_si256((__m256i *)(void *)&sums[p][8 * half],
-                                _mm256_permute4x64_epi64(pairs, 0xD8));
-            if (f->scaled && !half) {
-                const __m128i two = _mm256_castsi256_si128(total[p]);
-                totals[p] = _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
-            }
-        }
-    }
-}
-
 BF_INLINE uint8_t *bf_out_at(const bf_fast_conv *f, uint8_t *out, int32_t position, int32_t channel)
 {
     const size_t at = (size_t)position * (size_t)f->out_channels + (size_t)channel;
@@ -321,44 +279,7 @@ BF_INLINE const uint8_t *bf_in_at(const bf_fast_conv *f, const uint8_t *in, int3
            (size_t)(group * (f->channels / f->groups));
 }
 
-BF_AVX2 static void bf_conv_avx2(const bf_fast_conv *f, const uint8_t *in, uint8_t *out,
-                                 const uint8_t *weights)
-{
-    const int32_t per_group = f->out_channels / f->groups, positions = f->out_h * f->out_w;
-    const size_t pitch = bf_group_bytes(f);
-    const size_t at_lanes = (size_t)(f->runs * bf_quads(f)) * 64u;
-    int32_t sums[4][BF_LANES], totals[4] = {0, 0, 0, 0};
-    for (int32_t g = 0; g < f->groups; g++) {
-        for (int32_t first = 0; first < per_group; first += BF_LANES, weights += pitch) {
-            const bf_lanes *lanes = (const bf_lanes *)(const void *)(weights + at_lanes);
-            const int32_t n = per_group - first < BF_LANES ? per_group - first : BF_LANES;
-            for (int32_t at = 0; at < positions; at += 4) {
-                const uint8_t *from[4];
-                for (int p = 0; p < 4; p++)
-                    from[p] = bf_in_at(f, in, at + p < positions ? at + p : positions - 1, g);
-                bf_tile_avx2(f, from, weights, sums, totals);
-                for (int p = 0; p < 4 && at + p < positions; p++) {
-                    uint8_t *to = bf_out_at(f, out, at + p, g * per_group + first);
-                    for (int32_t l = 0; l < n; l++) {
-                        const uint32_t wrapped =
-                            (uint32_t)lanes->factor[l] * (uint32_t)sums[p][l] +
-                            (uint32_t)lanes->addend[l] * (uint32_t)totals[p] +
-                            (uint32_t)lanes->correction[l];
-                        int32_t sum;
-                        memcpy(&sum, &wrapped, 4);
-                        const int32_t code = bf_rescale(
-                            (int64_t)sum * lanes->multiplier[l] + lanes->offset[l & 1][l / 2],
-                            (int32_t)lanes->shift[l & 1][l / 2], f->zero, f->low, f->high);
-                        if (f->is_long)
-                            memcpy(to + 4 * l, &code, 4);
-                        else
-                            to[l] = (uint8_t)code;
-                    }
-                }
-            }
-        }
-    }
-}
+#include "bitfront_avx2.h"
 
 #define BF_LOOP(POSITIONS, BUNDLES)                                                                \
     for (int32_t at = 0; at < positions; at += POSITIONS) {                                        \
@@ -430,8 +351,7 @@ BF_VNNI BF_INLINE __m512i bf_centred(const void *data, bf_in from, size_t at, __
     return _mm512_sub_epi32(wide, _mm512_set1_epi32(from.zero));
 }
 
-/* bf_sum for one or two 8-bit values and one set of constants. */
-BF_VNNI BF_KERNEL void bf_sum_vnni(void *out, bf_out to, int32_t n_sources,
+BF_VNNI static void bf_sum_vnni(void *out, bf_out to, int32_t n_sources,
                                    const void *const *sources, const bf_in *from, int32_t n,
                                    const int32_t *multiplier, const int64_t *offset,
                                    const uint8_t *shift)
@@ -454,6 +374,17 @@ BF_VNNI BF_KERNEL void bf_sum_vnni(void *out, bf_out to, int32_t n_sources,
         const __m512i codes = _mm512_add_epi32(both, _mm512_set1_epi32(to.zero));
         _mm_mask_storeu_epi8((uint8_t *)out + i, valid, _mm512_cvtepi32_epi8(codes));
     }
+}
+
+/* bf_sum for 8-bit values and one set of constants. */
+BF_KERNEL void bf_sum_fast(int level, void *out, bf_out to, int32_t n_sources,
+                           const void *const *sources, const bf_in *from, int32_t n,
+                           const int32_t *multiplier, const int64_t *offset, const uint8_t *shift)
+{
+    if (level >= 2)
+        bf_sum_vnni(out, to, n_sources, sources, from, n, multiplier, offset, shift);
+    else
+        bf_sum_avx2(out, to, n_sources, sources, from, n, multiplier, offset, shift);
 }
 
 #endif

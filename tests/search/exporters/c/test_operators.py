@@ -1,14 +1,22 @@
 """Each operator of the C target against the referee: portable, AVX2 and AVX-512 kernels."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from c_networks import assert_equal_to_referee, random_packed
 from torch import Tensor, nn
+
+from quant_ops.packed import PackedModel
+from quant_ops.quantized import QuantizedLayer, code_range
+from quant_ops.runtime_mode import largest_pairs
+from quant_ops.stored import StoredScale
+from search.exporters.c.weights import pack_rows
 
 pytestmark = pytest.mark.compiled
 C = nn.Conv2d
@@ -227,3 +235,44 @@ def test_every_operator_gives_the_integers_of_the_referee(bits: str, tmp_path: P
         cases.append((random_packed(net, (x,), seed, activation_bits=ACTIVATIONS[bits]), (x,)))
     levels = 3 if bits == "8 bits" else 1  # other widths have no kernels of their own
     assert_equal_to_referee(cases, tmp_path, levels=levels)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 7, 8])
+def test_sums_of_extreme_codes_do_not_overflow(bits: int, tmp_path: Path) -> None:
+    """All weights of a row at one end, alternating ends, all activations at the largest code."""
+    nets = [
+        (Net(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Linear(70, 100), b=nn.Linear(100, 9)), (70,)),
+        (Net(lambda m, x: m.b(F.relu(m.a(x))), a=C(5, 20, 3, padding=1), b=C(20, 9, 3)), (5, 6, 6)),
+    ]
+    cases = []
+    for net, shape in nets:
+        x = torch.randn(2, *shape).sign() * 100
+        x[0] = x[0].abs()
+        packed = random_packed(net, (x,), seed=bits, widths=(bits,), schemes=("mid_tread",))
+        low, high = code_range(float(bits), "mid_tread")
+        layers = {}
+        for name, quantized in packed.model.layers.items():
+            codes = np.full_like(quantized.codes, low)
+            codes[1::3] = high
+            codes[2::3, ::2] = high
+            layers[name] = replace(quantized, codes=codes)
+        cases.append((PackedModel.from_model(replace(packed.model, layers=layers)), (x,)))
+    assert_equal_to_referee(cases, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "depth"),
+    [
+        ([[64, 64, 0]], 1),
+        ([[64, 65, 0]], 0),
+        ([[-8, -8, 7], [7, 7, 0]], 8),
+        ([[-100, 100, 1]], 1),
+        ([[0, 0, 0]], 128),
+    ],
+)
+def test_depth_is_what_16_bits_hold(weights: list[list[int]], depth: int) -> None:
+    codes = np.array(weights, np.int16)
+    scale = StoredScale(np.float32(1), np.full((len(codes), 1), 255, np.uint8))
+    layer = QuantizedLayer((8.0,) * len(codes), codes, {8.0: scale}, frozenset(), None, None)
+    assert pack_rows(codes, layer).depth == depth
+    assert max(depth, 1) * 255 * largest_pairs(codes).max() <= 2**15 - 1 or depth == 0
