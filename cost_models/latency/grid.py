@@ -168,7 +168,7 @@ def _kept(size: int, share: float) -> int:
 
 
 def _grid() -> list[Work]:
-    ladder, sizes, strides = (1, 64, 256, 1024, 2048), (7, 14, 28, 56), ((1, 1), (2, 2))
+    ladder, sizes, strides = (1, 64, 256, 1024, 2048), (1, 7, 28, 56), ((1, 1), (2, 2))
     works = [Work("linear", (a, b, 1)) for a in ladder for b in ladder]
     plain = ((1, 1), (0, 0, 0, 0)), ((3, 3), (1, 1, 1, 1))
     for (kernel, pads), stride, size in product(plain, strides, sizes):
@@ -178,9 +178,10 @@ def _grid() -> list[Work]:
     for elements in (1, 1024, 16384, 262144, 1048576):
         works += [Work(operator, (elements,)) for operator in CONVERSIONS]
         works += [Work("copy", (elements, run)) for run in _runs(elements)]
-    for n, size in product((1, 16, 64, 512), (4, 8, 14, 28)):
+    for n, size in product((1, 16, 64, 512), (1, 4, 14, 28)):
         works.append(Work("mean", (n, size, size)))
-        works.append(Work("max_pool", (n, size, size), ((2, 2), (2, 2), (0, 0, 0, 0))))
+        rows = max(size, 2)  # of a window at least
+        works.append(Work("max_pool", (n, rows, rows), ((2, 2), (2, 2), (0, 0, 0, 0))))
     return works
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from cost_models.latency.backend import Runner
 from cost_models.latency.lowering import calls_of
 from cost_models.latency.table import LatencyTable, load_table
 from quant_ops.candidate import Candidate
@@ -232,3 +233,42 @@ def test_a_machine_is_profiled_searched_for_and_checked(search_call, tiny, tmp_p
     shown = search_call("show", run).stdout
     assert "whole networks, timed" in shown
     assert json.loads(search_call("report", run, "--json").stdout)["latency"] == checked
+
+
+class Made(Runner):
+    """A call that takes a made-up time, so that the whole grid is measured in a moment."""
+
+    def __init__(self, time_us: float) -> None:
+        self._time_us = time_us
+
+    def time_once(self) -> float:
+        return self._time_us
+
+
+@pytest.mark.slow
+def test_one_grid_serves_networks_that_it_was_not_made_for(
+    search_call, tiny, tmp_path, monkeypatch
+):
+    pytest.importorskip("onnxruntime")
+    from cost_models.latency.onnxruntime_backend import OnnxRuntime
+
+    monkeypatch.setattr(
+        OnnxRuntime, "call", lambda self, work, kernel: Made(4 + 1e-4 * np.prod(work.dims))
+    )
+    monkeypatch.setattr(OnnxRuntime, "empty", lambda self, n_calls: Made(3))
+    table = tmp_path / "grid.json"
+    answer = search_call("profile", "--shapes", "--out", table, "--rounds", 1, "--passes", 1)
+    assert answer.code == 0, answer.stderr
+    entries = load_table(table).entries
+    assert len(entries) > 2000
+    assert {entry.work.operator for entry in entries} >= {"linear", "conv", "add", "max_pool"}
+    again = search_call("profile", "--shapes", "--out", table, "--rounds", 1, "--passes", 1)
+    assert again.code == 0, again.stderr
+    assert load_table(table).entries == entries  # nothing is measured twice
+    for name in ("mlp", "cnn"):
+        budgets = ("--budget", "latency=10s", "--latency-table", table)
+        run = ("run", "--task", tiny(name), *budgets, "--trials", 4, "--out", tmp_path / name)
+        answer = search_call(*run)
+        assert answer.code == 0, answer.stderr
+        points = json.loads((tmp_path / name / "front.json").read_text())["points"]
+        assert all(point["costs"]["latency_ms"] > 0 for point in points)
