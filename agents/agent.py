@@ -39,7 +39,9 @@ class AgentStrategy(Strategy):
             check_policy(Path(self.settings.policy), self.scope, self.name)
 
     def run(self, context: Context) -> None:
-        problem = Problem.of(context, self.settings.importance, self.settings.groups)
+        problem = Problem.of(
+            context, self.settings.importance, self.settings.groups, tilt=self.settings.tilt
+        )
         self.keep_ranking(context, problem)
         pilot = self.pilot(context, self.scope)
         campaign = Campaign(context, problem, pilot, Wall(problem, self.wall), self.settings)

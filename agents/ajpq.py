@@ -10,8 +10,9 @@ class AJPQ(AgentStrategy):
 
     The layer controller acts once per layer: how much of it goes, and the mean width of what
     stays. The channel controller acts on rank groups of the survivors, widths non-decreasing
-    with importance. Both rank by the same importance. The paper's body is not public; what is
-    not in its abstract is ours, see REFERENCES.md.
+    with importance. Both rank by the same importance, which also decides until something is
+    learned: an action of 0 shares the bits out by it. The paper's body is not public; what is not
+    in its abstract is ours, see REFERENCES.md.
     """
 
     name = "ajpq"

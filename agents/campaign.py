@@ -1,32 +1,37 @@
 """One agent's run: roll out, screen, evaluate a batch, learn from it, again."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agents.controllers import seeded
 from agents.ensemble import Ensemble, Law
+from agents.episode import Mask
 from agents.pilot import Ask, Pilot, RollOut
-from agents.problem import Problem
+from agents.problem import Floats, Problem
 from agents.reward import REFERENCES, Baseline
 from agents.wall import Wall
 from quant_ops.candidate import Candidate
+from search.dominance import non_dominated
 from search.evaluation import Evaluation
 from search.strategies.uniform import evaluate_in_batches, uniform_candidates
 from search.strategy import Context
 
 OWN_EVERY = 4  # every fourth evaluation is the policy's own answer, not screened, without noise
-TRIES = 4  # proposals of a slot that are made exact before it is given up
-RETRIES = 8  # wild proposals after that
-WILD = 0.8  # their noise
+RETRIES = 8  # wild proposals where none of a slot's is new
+WILD = 0.4  # their noise
 LEAST_NOISE, DECAY = 0.25, 0.97  # of the noise, per batch
 NEAR = 1.5  # a trial may be followed at a budget within this factor of its size
+ASKED_EVERY = 4  # every fourth evaluation is made at a size asked for
+GRID = 65  # points of the front's length
+REACH = 1.4  # times smaller than the smallest network that does something is worth a try
 USEFUL = 0.5  # of the largest loss known: a network above does nothing any more
-ELITES = 6  # of the best trials near a budget one is followed
+HALF_TRUSTED = 800  # evaluations after which the answers of a new policy count half
+ELITES = 6  # of the non-dominated trials nearest to a budget one is followed
 DEMONSTRATIONS = 300  # earlier trials that enter the replay buffers, the latest
-REHEARSAL = 8  # as many times the usual gradient steps before the first batch
+REHEARSAL = 8  # at most as many times the usual gradient steps before the first batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +45,11 @@ class AgentSettings:
         hidden: units of each of the two hidden layers of actors and critics.
         proposals: episodes rolled out per evaluation; the surrogate chooses among them.
         follow: share of them that start from the decisions of a good trial of about that size.
-        noise: standard deviation of exploration, in units of the actions' range of [-1, 1].
+        noise: largest standard deviation of exploration, in units of the actions' range of
+            [-1, 1]; every episode draws its own, down to 0.
         steps: gradient steps per batch of evaluations and controller.
         members: of the surrogate's ensemble.
+        tilt: how far importance sets layers apart before anything is learned, 0 to 1.
         policy: folder of trained controllers, or of a run that left them; empty starts anew.
     """
 
@@ -50,11 +57,12 @@ class AgentSettings:
     importance: str = "taylor"
     groups: int = 4
     hidden: int = 64
-    proposals: int = 8
+    proposals: int = 12
     follow: float = 0.5
-    noise: float = 0.4
-    steps: int = 24
+    noise: float = 0.3
+    steps: int = 8
     members: int = 6
+    tilt: float = 1.0
     policy: str = ""
 
     def __post_init__(self) -> None:
@@ -70,8 +78,10 @@ class AgentSettings:
         for name in ("groups", "hidden", "proposals", "members"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.steps < 0 or self.noise < 0 or not 0 <= self.follow <= 1:
-            raise ValueError("steps and noise must not be negative, follow lies in [0, 1]")
+        if self.steps < 0 or self.noise < 0:
+            raise ValueError("steps and noise must not be negative")
+        if not (0 <= self.follow <= 1 and 0 <= self.tilt <= 1):
+            raise ValueError("follow and tilt lie in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +96,7 @@ class Goal:
 
     budget_bytes: float
     limits: Mapping[str, float]
-    zeros: NDArray[np.bool_] | None = None
+    zeros: Mask | None = None
 
 
 class Campaign:
@@ -157,11 +167,10 @@ class Campaign:
         if known < 2:
             self._evaluate_uniform()
         with seeded(context.seed, 0, name, "rehearse") as generator:
-            for evaluation in self._known[-DEMONSTRATIONS:]:
-                self._remember_in_hindsight(evaluation)
+            self._remember_in_hindsight(self._known[-DEMONSTRATIONS:])
             self._fit(generator)
-            if self._known:
-                self._pilot.learn(REHEARSAL * self._settings.steps)
+            # a few demonstrations are soon learned by heart
+            self._pilot.learn(min(REHEARSAL * self._settings.steps, len(self._known) // 2))
 
     def _evaluate_uniform(self) -> None:
         context, name = self._context, self._context.strategy
@@ -185,26 +194,41 @@ class Campaign:
         return Goal(budget_bytes, limits)
 
     def _budgets(self, generator: np.random.Generator) -> list[float]:
-        """Every second one is a size asked for, the others are spread over the range."""
+        """Every fourth one is a size asked for, the others are spread over the front."""
         n = self._context.batch_size
-        low, high = np.log2([self._lowest(), self._problem.limits[1]])
-        places = (np.arange(n) + generator.random(n)) / n
-        spread = [float(2**x) for x in low + (high - low) * places]
+        spread = self._along_the_front((np.arange(n) + generator.random(n)) / n)
         asked = self._context.sizes
         if asked:
             first = int(generator.integers(len(asked)))
-            for slot in range(0, n, 2):
-                spread[slot] = float(asked[(first + slot // 2) % len(asked)])
+            for number, slot in enumerate(range(0, n, ASKED_EVERY)):
+                spread[slot] = float(asked[(first + number) % len(asked)])
         return spread
 
+    def _along_the_front(self, places: Floats) -> list[float]:
+        """Places in [0, 1] to bytes: half by log size, half by the loss that the front has there.
+
+        Where a few bytes change the loss most, most is tried.
+        """
+        low, high = math.log2(self._lowest()), math.log2(self._problem.limits[1])
+        octaves = np.linspace(low, high, GRID)
+        length = np.linspace(0.0, 1.0, GRID)
+        front = non_dominated(self._known)
+        if len(front) > 1:
+            sizes = np.log2([e.size_bytes for e in front])
+            losses = np.interp(octaves, sizes, [e.loss for e in front])
+            fallen = losses[0] - np.minimum.accumulate(losses)
+            length = length + fallen / max(float(fallen[-1]), 1e-12)
+        return [float(x) for x in 2 ** np.interp(places * length[-1], length, octaves)]
+
     def _lowest(self) -> float:
-        """Half the size of the smallest network that still does something, in bytes."""
+        """A little less than the smallest network that still does something, in bytes."""
         smallest, largest = self._problem.limits
+        useful = min((e.size_bytes for e in self._useful()), default=smallest)
+        return min(max(smallest, useful / REACH), largest)
+
+    def _useful(self) -> list[Evaluation]:
         losses = [e.loss for e in self._known if np.isfinite(e.loss)]
-        useful = [
-            e.size_bytes for e in self._known if e.loss < USEFUL * max(losses, default=np.inf)
-        ]
-        return min(max(smallest, min(useful, default=smallest) / 2), largest)
+        return [e for e in self._known if e.loss < USEFUL * max(losses, default=np.inf)]
 
     def _proposals(
         self, batch: int, generator: np.random.Generator
@@ -214,67 +238,81 @@ class Campaign:
         noise = settings.noise * max(LEAST_NOISE, DECAY**batch)
         goals = [self._goal_of(budget) for budget in self._budgets(generator)]
         asks = [ask for goal in goals for ask in self._asks(goal, noise, generator)]
-        rolled = self._pilot.roll_out(self._problem, asks, generator)
+        rolled = self._rolled(asks, generator)
         chosen = []
         for slot, goal in enumerate(goals):
-            mine = rolled[slot * settings.proposals : (slot + 1) * settings.proposals]
-            ordered = self._ordered(mine, goal, slot, batch, generator)
+            mine = slice(slot * settings.proposals, (slot + 1) * settings.proposals)
+            ordered = self._ordered(rolled[mine], goal.budget_bytes, slot, batch, generator)
             found = self._first_new(ordered, goal) or self._wild(goal, generator)
             if found is not None:
                 chosen.append((found[0], goal, found[1]))
         return chosen
 
+    def _rolled(self, asks: Sequence[Ask], generator: np.random.Generator) -> list[RollOut]:
+        """Episodes whose genomes take about the bytes that they may."""
+        rolled = self._pilot.roll_out(self._problem, asks, generator)
+        budgets = np.array([ask.budget_bytes for ask in asks])
+        filled = self._wall.filled(np.array([r.genome for r in rolled]), budgets)
+        return [replace(r, genome=g) for r, g in zip(rolled, filled, strict=True)]
+
     def _asks(self, goal: Goal, noise: float, generator: np.random.Generator) -> list[Ask]:
         """The policy's own answer first, then noisy ones, some of which follow a good trial."""
-        asks = [Ask(goal.budget_bytes, zeros=goal.zeros)]
+        made = len(self._rewards)
+        trust = 1.0 if self._settings.policy else made / (made + HALF_TRUSTED)
+        asks = [Ask(goal.budget_bytes, zeros=goal.zeros, trust=trust)]
         elites = self._elites(goal) if goal.zeros is None else []
         for _ in range(self._settings.proposals - 1):
             follow = None
             if elites and generator.random() < self._settings.follow:
                 follow = elites[int(generator.integers(len(elites)))]
-            asks.append(Ask(goal.budget_bytes, noise, follow, goal.zeros))
+            mine = noise * float(generator.random()) ** 2
+            asks.append(Ask(goal.budget_bytes, mine, follow, goal.zeros, trust))
         return asks
 
     def _elites(self, goal: Goal) -> list[tuple[int, ...]]:
-        """Genomes of the best trials of about this size, against the reference at theirs."""
-        budget = goal.budget_bytes
-        near = [e for e in self._known if budget / NEAR <= e.size_bytes <= NEAR * budget]
-        near.sort(key=lambda e: -self._baseline.reward(e.loss, e.size_bytes))
-        return [self._genome(e) for e in near[:ELITES]]
+        """Genomes of the non-dominated trials nearest to this size that still do something."""
+        near = [
+            (far, e)
+            for e in non_dominated(self._useful())
+            if (far := abs(math.log(e.size_bytes / goal.budget_bytes))) <= math.log(NEAR)
+        ]
+        near.sort(key=lambda pair: pair[0])
+        return [self._genome(e) for _, e in near[:ELITES]]
 
     def _ordered(
         self,
         rolled: Sequence[RollOut],
-        goal: Goal,
+        budget_bytes: float,
         slot: int,
         batch: int,
         generator: np.random.Generator,
     ) -> list[RollOut]:
-        """Most promising first; each slot trusts another member of the ensemble."""
-        if (slot + batch) % OWN_EVERY == 0:
+        """Most promising first, by the genomes behind the wall; each slot trusts another member.
+
+        All of the first batch is what the policy says before it has learned: the reference that
+        later rewards are compared with.
+        """
+        if batch == 0 or (slot + batch) % OWN_EVERY == 0:
             return list(rolled)
         if not self._ensemble.is_fitted:
             return [rolled[i] for i in generator.permutation(len(rolled))]
-        genomes = np.array([self._wall.estimated(r.genome, goal.budget_bytes) for r in rolled])
-        predicted = self._ensemble.log_losses(genomes, slot + batch)
+        genomes = np.array([r.genome for r in rolled])
+        predicted = self._ensemble.log_losses(genomes, slot + batch, budget_bytes)
         return [rolled[i] for i in np.argsort(predicted, kind="stable")]
 
     def _first_new(self, rolled: Sequence[RollOut], goal: Goal) -> tuple[Candidate, RollOut] | None:
-        for one in rolled[:TRIES]:
+        for one in rolled:
             genome = self._wall.lower(self._context, one.genome, goal.limits)
             candidate = self._context.space.decode(genome)
             if candidate not in self._seen:
                 self._seen.add(candidate)
+                self._genomes[candidate] = genome
                 return candidate, one
         return None
 
     def _wild(self, goal: Goal, generator: np.random.Generator) -> tuple[Candidate, RollOut] | None:
         asks = [Ask(goal.budget_bytes, WILD, None, goal.zeros)] * RETRIES
-        for one in self._pilot.roll_out(self._problem, asks, generator):
-            found = self._first_new([one], goal)
-            if found is not None:
-                return found
-        return None
+        return self._first_new(self._rolled(asks, generator), goal)
 
     def _learn(
         self,
@@ -282,19 +320,24 @@ class Campaign:
         evaluations: Sequence[Evaluation],
         generator: np.random.Generator,
     ) -> None:
-        rewards = []
-        for (_, goal, rolled), evaluation in zip(chosen, evaluations, strict=True):
-            reward = self._baseline.reward(evaluation.loss, goal.budget_bytes)
-            self._pilot.remember(
-                self._problem,
-                self._genome(evaluation),
-                goal.budget_bytes,
-                reward,
-                goals=rolled.goals,
-                zeros=goal.zeros,
-            )
-            self._remember_in_hindsight(evaluation, goal.zeros)
-            rewards.append(reward)
+        if not self._rewards:
+            first = {candidate for candidate, _, _ in chosen}
+            self._baseline = Baseline([*self._known, *evaluations], self._uniform | first)
+        budgets = [goal.budget_bytes for _, goal, _ in chosen]
+        zeros = [goal.zeros for _, goal, _ in chosen]
+        rewards = [
+            self._baseline.reward(evaluation.loss, budget)
+            for evaluation, budget in zip(evaluations, budgets, strict=True)
+        ]
+        self._pilot.remember(
+            self._problem,
+            [self._genome(e) for e in evaluations],
+            budgets,
+            rewards,
+            goals=np.array([rolled.goals for _, _, rolled in chosen]),
+            zeros=zeros,
+        )
+        self._remember_in_hindsight(evaluations, zeros)
         self._known += [e for e in evaluations if _usable(e)]
         self._fit(generator)
         self._pilot.learn(self._settings.steps)
@@ -321,16 +364,17 @@ class Campaign:
         return self._genomes[candidate]
 
     def _remember_in_hindsight(
-        self, evaluation: Evaluation, zeros: NDArray[np.bool_] | None = None
+        self, evaluations: Sequence[Evaluation], zeros: Sequence[Mask | None] = ()
     ) -> None:
-        """As if the bytes that it takes had been the budget, and the widths it has the goals."""
-        self._pilot.remember(
-            self._problem,
-            self._genome(evaluation),
-            evaluation.size_bytes,
-            self._baseline.reward(evaluation.loss, evaluation.size_bytes),
-            zeros=zeros,
-        )
+        """As if the bytes that they take had been the budgets, and their widths the goals."""
+        if evaluations:
+            self._pilot.remember(
+                self._problem,
+                [self._genome(e) for e in evaluations],
+                [e.size_bytes for e in evaluations],
+                [self._baseline.reward(e.loss, e.size_bytes) for e in evaluations],
+                zeros=zeros,
+            )
 
 
 def _usable(evaluation: Evaluation) -> bool:

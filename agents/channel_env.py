@@ -5,8 +5,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from agents.controllers import Rows
-from agents.episode import CHANNEL_FIELDS, Episode, mean_width
+from agents.episode import CHANNEL_FIELDS, Episodes, Rows, mean_widths
 from agents.layer_env import Judge
 from agents.problem import Problem
 from agents.retrace import GOAL_WEIGHT
@@ -19,7 +18,7 @@ class ChannelEnv(gymnasium.Env[Rows, Rows]):
     unit and scaling of each are written.
 
     Action: float32 (1,) in [-1, 1]: the group's width is the one that the goal still needs, plus
-    2 bits times the action, rounded to a legal width that is not below the group's before.
+    a bit times the action, rounded to a legal width that is not below the group's before.
 
     Reward: at the end of a layer, minus half a bit's distance from the goal per bit; at the last
     layer what `judge` says besides. Sparsities and goals are drawn at random, as a layer
@@ -37,7 +36,7 @@ class ChannelEnv(gymnasium.Env[Rows, Rows]):
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
         self._problem = problem
         self._judge = judge
-        self._episode = Episode(problem, problem.limits[1])
+        self._episode = Episodes(problem, [problem.limits[1]])
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -46,35 +45,38 @@ class ChannelEnv(gymnasium.Env[Rows, Rows]):
         super().reset(seed=seed)
         drawn = float(2 ** self.np_random.uniform(*np.log2(self._problem.limits)))
         budget = float((options or {}).get("budget_bytes", drawn))
-        self._episode = Episode(self._problem, budget)
+        self._episode = Episodes(self._problem, [budget])
         self._begin()
         return self._observation(), {"budget_bytes": budget}
 
     def step(self, action: Rows) -> tuple[Rows, float, bool, bool, dict[str, Any]]:
         """Give one rank group a width."""
-        episode = self._episode
-        layer, genes = episode.layer, np.concatenate(episode.parts)
-        goal, at = episode.goal, episode.at
-        reward = 0.0
-        if episode.place(episode.width_of(float(action[0]))):
-            achieved = mean_width(layer, genes, episode.genome[layer.start + genes])
-            reward = -GOAL_WEIGHT * abs(achieved - goal)
-            self._begin(at)
+        episode, reward = self._episode, 0.0
+        episode.place(episode.positions_of(np.asarray(action, float)))
+        if not episode.open.any():
+            layer = episode.layer
+            positions = episode.genomes[:, layer.start : layer.start + layer.n_genes]
+            achieved = mean_widths(layer, positions, episode.part_of >= 0)
+            reward = -GOAL_WEIGHT * abs(float((achieved - episode.goals)[0]))
+            episode.settle()
+            self._begin()
         if not episode.done:
             return self._observation(), reward, False, False, {}
-        candidate = self._problem.space.decode(episode.genome.tolist())
-        reward += float(self._judge(candidate, episode.budget_bytes))
+        candidate = self._problem.space.decode(episode.genomes[0].tolist())
+        reward += float(self._judge(candidate, float(episode.budgets[0])))
         return self._observation(), reward, True, False, {"candidate": candidate}
 
-    def _begin(self, at: int | None = None) -> None:
+    def _begin(self) -> None:
         """Decide layers at random until one has survivors, or none is left."""
         episode = self._episode
-        while not episode.done and (at is None or episode.at != at):
-            at = episode.at
-            sparsity, width = self.np_random.uniform(-1.0, 1.0, 2)
-            episode.begin_layer(episode.decision_of(float(sparsity), float(width)))
+        while not episode.done:
+            sparsity, width = self.np_random.uniform(-1.0, 1.0, (2, 1))
+            episode.begin_layer(episode.decisions_of(sparsity, width))
+            if episode.open.any():
+                return
+            episode.settle()
 
     def _observation(self) -> Rows:
         if self._episode.done:
             return np.zeros(len(CHANNEL_FIELDS), np.float32)
-        return self._episode.channel_observation()
+        return np.asarray(self._episode.channel_observations()[0])

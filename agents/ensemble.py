@@ -1,5 +1,6 @@
 """A surrogate: an ensemble fitted on the record that screens proposals before any is evaluated."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,13 @@ from search.strategy import Context
 _optimize: Any = optimize  # scipy carries no types
 
 Floats = NDArray[np.float64]
-RIDGE = 0.3  # how firmly the weights of layers are held at the common ratio
+RIDGE = 1.0  # how firmly the weights of layers are held at the common ratio
+NEAR_OCTAVES = 0.7  # standard deviation of the sizes that a prediction is fitted on
+LEAST_WEIGHT = 0.02  # of a layer, beside its prior: none is taken to be free
+FAR = 0.02  # weight of an evaluation of any other size
 MOST_ROWS = 400  # evaluations that are fitted, the latest
 LEAST_ROWS = 6
+TINY = 1e-12
 
 
 class Law:
@@ -43,7 +48,7 @@ class Law:
         losses: list[Floats] = []
         groups: list[int] = []
         for number, layer in enumerate(problem.layers):
-            shares = layer.scores / layer.scores.sum()
+            shares = layer.importance * layer.scores / layer.scores.sum()
             losses += [share * 4.0**-layer.widths for share in shares]
             groups += [number] * layer.n_genes
         for number, edge in enumerate(problem.space.activations, start=len(problem.layers)):
@@ -72,8 +77,9 @@ class Law:
 class Ensemble:
     """Members differ by how much weight each evaluation has (a Bayesian bootstrap).
 
-    Each explains the losses by non-negative weights of the layers, in relative error, and what is
-    left by a parabola in log size: losses stop adding up where networks break.
+    Around a size, losses are explained by non-negative weights of the layers, in relative error,
+    times e to a parabola in log size: losses stop adding up where networks break, and which
+    layers matter changes on the way there.
 
     Args:
         problem: for the estimate of sizes.
@@ -85,54 +91,59 @@ class Ensemble:
         self._problem = problem
         self._law = law
         self._n = members
-        self._members: list[tuple[Floats, Floats]] = []
-        self._centre, self._range = 0.0, (0.0, 0.0)
+        self._rows: Floats = np.zeros((0, 1))
+        self._losses: Floats = np.zeros(0)
+        self._octaves: Floats = np.zeros(0)
+        self._trust: Floats = np.zeros((members, 0))
 
     @property
     def is_fitted(self) -> bool:
         """Whether there was enough to learn from."""
-        return bool(self._members)
+        return len(self._losses) >= LEAST_ROWS
 
     def fit(
         self, genomes: Ints, losses: Floats, sizes: Floats, generator: np.random.Generator
     ) -> None:
-        """Fit on (n, genes) positions, (n,) finite losses and (n,) exact bytes, the latest last."""
-        rows = self._law.features(genomes[-MOST_ROWS:])
-        losses = np.maximum(losses[-MOST_ROWS:], FLOOR)
-        sizes = np.log2(sizes[-MOST_ROWS:])
-        if len(losses) < LEAST_ROWS:
-            return
-        self._centre, self._range = float(sizes.mean()), (float(sizes.min()), float(sizes.max()))
-        self._members = []
-        for _ in range(self._n):
-            trust = generator.exponential(size=len(losses))
-            weights = _weights(rows, losses, trust)
-            left = np.log(losses) - np.log(np.maximum(rows @ weights, 1e-12))
-            basis = _basis(sizes - self._centre) * np.sqrt(trust)[:, None]
-            square = basis.T @ basis + 0.1 * np.eye(basis.shape[1])
-            bend = np.linalg.solve(square, basis.T @ (left * np.sqrt(trust)))
-            self._members.append((weights, bend))
+        """Take (n, genes) positions, (n,) finite losses and (n,) exact bytes, the latest last."""
+        self._rows = self._law.features(genomes[-MOST_ROWS:])
+        self._losses = np.maximum(losses[-MOST_ROWS:], FLOOR)
+        self._octaves = np.log2(sizes[-MOST_ROWS:])
+        self._trust = generator.exponential(size=(self._n, len(self._losses)))
 
-    def log_losses(self, genomes: Ints, member: int) -> Floats:
-        """(n, genes) positions to (n,) predicted ln(loss) of one member."""
-        weights, bend = self._members[member % self._n]
-        sizes = np.log2([self._problem.size.estimate(g) for g in genomes])
-        octaves = np.clip(sizes, *self._range) - self._centre  # a parabola is no guide beyond
-        total = np.maximum(self._law.features(genomes) @ weights, 1e-12)
-        return np.asarray(np.log(total) + _basis(octaves) @ bend)
+    def log_losses(self, genomes: Ints, member: int, size_bytes: float) -> Floats:
+        """(n, genes) positions of about `size_bytes` to (n,) ln(loss) as one member predicts it."""
+        centre = math.log2(size_bytes)
+        distance = (self._octaves - centre) / NEAR_OCTAVES
+        trust = self._trust[member % self._n] * (np.exp(-0.5 * distance**2) + FAR)
+        common = np.ones(self._rows.shape[1])
+        basis = _basis(self._octaves - centre)
+        bend = basis @ self._bend(basis, common, trust)
+        weights = _weights(self._rows * np.exp(bend)[:, None], self._losses, trust)
+        parabola = self._bend(basis, weights, trust)
+        # a parabola is no guide beyond what it was fitted on
+        octaves = np.log2(self._problem.size.estimate(genomes))
+        octaves = np.clip(octaves, self._octaves.min(), self._octaves.max()) - centre
+        total = np.maximum(self._law.features(genomes) @ weights, TINY)
+        return np.asarray(np.log(total) + _basis(octaves) @ parabola)
+
+    def _bend(self, basis: Floats, weights: Floats, trust: Floats) -> Floats:
+        """(3,) coefficients of what the sum of the layers leaves unexplained."""
+        left = np.log(self._losses) - np.log(np.maximum(self._rows @ weights, TINY))
+        weighed = basis * trust[:, None]
+        square = weighed.T @ basis + 0.1 * np.eye(basis.shape[1])
+        return np.asarray(np.linalg.solve(square, weighed.T @ left))
 
 
 def _weights(rows: Floats, losses: Floats, trust: Floats) -> Floats:
-    """Non-negative least squares on relative errors, held at the common ratio by a ridge."""
-    ratio = losses / np.maximum(rows.sum(axis=1), 1e-12)
-    common = float(np.exp(np.average(np.log(ratio), weights=trust)))
+    """Non-negative least squares on relative errors, held at 1 by a ridge."""
     n_groups = rows.shape[1]
     factor = np.sqrt(trust)
-    scaled = rows * common / losses[:, None] * factor[:, None]
-    design = np.vstack([scaled, np.sqrt(RIDGE) * np.eye(n_groups)])
+    design = np.vstack(
+        [rows / losses[:, None] * factor[:, None], np.sqrt(RIDGE) * np.eye(n_groups)]
+    )
     target = np.concatenate([factor, np.full(n_groups, np.sqrt(RIDGE))])
     found, _ = _optimize.nnls(design, target)
-    return np.asarray(common * np.maximum(found, 0.02))
+    return np.asarray(np.maximum(found, LEAST_WEIGHT))
 
 
 def _basis(octaves: Floats) -> Floats:

@@ -1,5 +1,7 @@
 """HAQ: one flat agent sets a width per layer under a hard budget."""
 
+from dataclasses import dataclass
+
 from agents.agent import AgentStrategy
 from agents.pilot import Scope
 from search.strategy import Traits
@@ -23,3 +25,11 @@ class HAQ(AgentStrategy):
     )
     scope = Scope(prune=False, by_channel=False)
     wall = "layers"
+
+    @dataclass(frozen=True, slots=True)
+    class Settings(AgentStrategy.Settings):
+        """See `AgentSettings`; importance has no part in the paper, so that `tilt` is 0."""
+
+        tilt: float = 0.0
+
+    settings: Settings

@@ -18,6 +18,8 @@ from search.strategy import ChannelFacts
 
 Array = NDArray[np.float64]
 REFERENCE_BITS = 4  # width whose error the Hessian criterion weighs
+LOSSES = ("taylor", "hessian-error")  # criteria in units of the loss: layers can be compared
+SCORE_FLOOR = 1e-6  # of a relative importance, before its logarithm
 
 
 def weight_sum(facts: ChannelFacts) -> Array:
@@ -67,11 +69,13 @@ class Importance:
         channels: layer name to the importance of each output channel (out_channels,), divided by
             its layer's mean; channels that are removed together have their mean.
         genes: layer name to the mean over each gene's channels (genes,).
+        levels: layer name to its mean importance; 1 for criteria that do not compare layers.
     """
 
     criterion: str
     channels: Mapping[str, Array]
     genes: Mapping[str, Array]
+    levels: Mapping[str, float]
 
     @classmethod
     def of(
@@ -84,13 +88,17 @@ class Importance:
         """
         if criterion not in CRITERIA:
             raise ValueError(f"importance must be one of {', '.join(CRITERIA)}, got {criterion!r}")
-        raw = {name: _relative(CRITERIA[criterion](fact)) for name, fact in facts.items()}
+        absolute = {name: CRITERIA[criterion](fact) for name, fact in facts.items()}
+        levels = dict.fromkeys(absolute, 1.0)
+        if criterion in LOSSES:
+            levels = {name: float(scores.mean()) for name, scores in absolute.items()}
+        raw = {name: _relative(scores) for name, scores in absolute.items()}
         channels = _shared(raw, ties_of(space.graph))
         genes = {}
         for choice in space.layers:
             groups = choice.groups or (tuple(range(len(channels[choice.name]))),)
             genes[choice.name] = np.array([channels[choice.name][list(g)].mean() for g in groups])
-        return cls(criterion, channels, genes)
+        return cls(criterion, channels, genes, levels)
 
     @cached_property
     def order(self) -> Mapping[str, NDArray[np.intp]]:

@@ -6,8 +6,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from agents.controllers import Rows
-from agents.episode import LAYER_FIELDS, Episode
+from agents.episode import LAYER_FIELDS, Episodes, Rows
 from agents.problem import Problem
 from quant_ops.candidate import Candidate
 
@@ -22,8 +21,8 @@ class LayerEnv(gymnasium.Env[Rows, Rows]):
     unit and scaling of each are written; the budget is among them. Nothing depends on how many
     layers or channels the network has, so that a policy can be used on another one.
 
-    Action: float32 (2,) in [-1, 1]: sparsity, of which max(0, a)^2 of the layer's genes go, least
-    important first; and width, with a mean of 2^a times the bits that are left per weight.
+    Action: float32 (2,) in [-1, 1]: sparsity, with which genes go whose share of the bits is
+    below 1/2 + 1.5 a; and width, with a mean of 2^a times the survivors' share.
 
     Reward: 0, and at the last layer what `judge` says. The survivors of a layer get widths as
     near as possible to the mean that was asked for.
@@ -42,7 +41,7 @@ class LayerEnv(gymnasium.Env[Rows, Rows]):
         self._problem = problem
         self._judge = judge
         self._budget_bytes = budget_bytes
-        self._episode = Episode(problem, problem.limits[1])
+        self._episode = Episodes(problem, [problem.limits[1]])
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -52,20 +51,20 @@ class LayerEnv(gymnasium.Env[Rows, Rows]):
         budget = (options or {}).get("budget_bytes", self._budget_bytes)
         if budget is None:
             budget = float(2 ** self.np_random.uniform(*np.log2(self._problem.limits)))
-        self._episode = Episode(self._problem, float(budget))
-        return self._episode.layer_observation(), {"budget_bytes": float(budget)}
+        self._episode = Episodes(self._problem, [float(budget)])
+        return self._episode.layer_observations()[0], {"budget_bytes": float(budget)}
 
     def step(self, action: Rows) -> tuple[Rows, float, bool, bool, dict[str, Any]]:
         """Decide one layer."""
         episode = self._episode
-        decision = episode.decision_of(float(action[0]), float(action[1]))
-        at = episode.at
-        episode.begin_layer(decision)
-        while episode.at == at and not episode.place(episode.width_of(0.0)):
-            pass
+        sparsity, width = np.asarray(action, float)[:, None]
+        episode.begin_layer(episode.decisions_of(sparsity, width))
+        while episode.open.any():
+            episode.place(episode.positions_of(np.zeros(1)))
+        episode.settle()
         if not episode.done:
-            return episode.layer_observation(), 0.0, False, False, {}
-        candidate = self._problem.space.decode(episode.genome.tolist())
-        reward = float(self._judge(candidate, episode.budget_bytes))
+            return episode.layer_observations()[0], 0.0, False, False, {}
+        candidate = self._problem.space.decode(episode.genomes[0].tolist())
+        reward = float(self._judge(candidate, float(episode.budgets[0])))
         last = np.zeros(len(LAYER_FIELDS), np.float32)
         return last, reward, True, False, {"candidate": candidate}

@@ -1,17 +1,24 @@
 """Both controllers at work: several episodes side by side, and what they remember of each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from agents.controllers import Controller, Rows
-from agents.episode import CHANNEL_FIELDS, LAYER_FIELDS, Episode, LayerDecision, share_and_width
-from agents.problem import Ints, Problem
+from agents.controllers import Controller
+from agents.episode import (
+    CHANNEL_FIELDS,
+    LAYER_FIELDS,
+    Episodes,
+    LayerDecisions,
+    Mask,
+    Rows,
+    shares_and_widths,
+)
+from agents.problem import Floats, Ints, Problem
 from agents.retrace import Trace, retrace
 
-FOLLOWED_CHANGES = 0.3  # share of the layers at which an episode leaves the trial it follows
+FOLLOWED_CHANGES = 0.15  # share of the layers at which an episode leaves the trial it follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +44,14 @@ class Ask:
         noise: standard deviation of what is added to every action.
         follow: a finished genome whose decisions are taken, but for some, instead of the policy's.
         zeros: (genes,) genes that are gone from the start.
+        trust: factor of the policy's answers; 0 leaves all to importance.
     """
 
     budget_bytes: float
     noise: float = 0.0
     follow: tuple[int, ...] | None = None
-    zeros: NDArray[np.bool_] | None = None
+    zeros: Mask | None = None
+    trust: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +59,7 @@ class RollOut:
     """A finished episode, before the wall: genome, and the goal of every layer step."""
 
     genome: Ints
-    goals: tuple[float, ...]
+    goals: Floats
 
 
 class Pilot:
@@ -67,34 +76,43 @@ class Pilot:
         self, problem: Problem, asks: Sequence[Ask], generator: np.random.Generator
     ) -> list[RollOut]:
         """All episodes, layer by layer side by side."""
-        episodes = [Episode(problem, ask.budget_bytes, ask.zeros) for ask in asks]
-        goals: list[list[float]] = [[] for _ in asks]
+        episodes = Episodes(problem, [a.budget_bytes for a in asks], [a.zeros for a in asks])
+        party = _Party.of(problem, asks, generator)
         n_edges = len(problem.space.activations)
-        for episode, ask in zip(episodes, asks, strict=True):
-            if ask.follow is not None and n_edges:
-                episode.genome[-n_edges:] = ask.follow[-n_edges:]
-        for _ in problem.steps:
-            self._decide_layer(episodes, asks, goals, generator)
-        return [
-            RollOut(episode.genome, tuple(g)) for episode, g in zip(episodes, goals, strict=True)
-        ]
+        if n_edges:
+            followers = party.is_following
+            episodes.genomes[followers, -n_edges:] = party.followed[followers, -n_edges:]
+        goals = []
+        while not episodes.done:
+            goals.append(self._decide_layer(episodes, party))
+        columns = np.array(goals).reshape(len(goals), len(asks)).T
+        return [RollOut(g, row) for g, row in zip(episodes.genomes, columns, strict=True)]
 
     def remember(
         self,
         problem: Problem,
-        genome: Sequence[int],
-        budget_bytes: float,
-        reward: float,
+        genomes: Sequence[Sequence[int]],
+        budgets: Sequence[float],
+        rewards: Sequence[float],
         *,
-        goals: Sequence[float] | None = None,
-        zeros: NDArray[np.bool_] | None = None,
+        goals: Floats | None = None,
+        zeros: Sequence[Mask | None] = (),
     ) -> Trace:
-        """Fill the replay buffers with one episode's executed decisions."""
-        trace = retrace(problem, genome, budget_bytes, goals=goals, zeros=zeros)
+        """Fill the replay buffers with the executed decisions of episodes; see `retrace`."""
+        trace = retrace(
+            problem,
+            np.array(genomes, np.intp),
+            budgets,
+            goals=goals,
+            zeros=zeros,
+            thresholds=self.scope.widths,
+        )
         columns = [i for i, on in enumerate((self.scope.prune, self.scope.widths)) if on]
-        self.layers.remember([t.only(columns) for t in trace.layers], reward)
+        returns = np.array(rewards, float)
+        layers = replace(trace.layers, actions=trace.layers.actions[:, columns])
+        self.layers.remember(layers, returns)
         if self.channels is not None:
-            self.channels.remember(trace.channels, reward)
+            self.channels.remember(trace.channels, returns)
         return trace
 
     def learn(self, steps: int) -> None:
@@ -103,78 +121,72 @@ class Pilot:
         if self.channels is not None:
             self.channels.learn(steps)
 
-    def _decide_layer(
-        self,
-        episodes: Sequence[Episode],
-        asks: Sequence[Ask],
-        goals: list[list[float]],
-        generator: np.random.Generator,
-    ) -> None:
-        observations = np.stack([e.layer_observation() for e in episodes])
-        actions = self.layers.act(observations)
-        open_layers: list[tuple[int, Ints | None]] = []
-        for number, (episode, ask) in enumerate(zip(episodes, asks, strict=True)):
-            layer = episode.layer
-            followed = None
-            action = actions[number]
-            if ask.follow is not None:
-                followed = np.array(ask.follow[layer.start : layer.start + layer.n_genes], np.intp)
-                if generator.random() > FOLLOWED_CHANGES:
-                    goals[number].append(share_and_width(layer, followed)[1])
-                    episode.overwrite(followed)
-                    continue
-                action = self._followed_action(episode, followed)
-            decision = self._decision(episode, _noisy(action, ask.noise, generator))
-            goals[number].append(decision.goal)
-            at = episode.at
-            episode.begin_layer(decision)
-            if episode.at == at:
-                open_layers.append((number, followed))
+    def _decide_layer(self, episodes: Episodes, party: "_Party") -> Floats:
+        """One layer of every episode; the (n,) goals."""
+        layer = episodes.layer
+        followed = party.followed[:, layer.start : layer.start + layer.n_genes]
+        leaves = party.generator.random(episodes.n) <= FOLLOWED_CHANGES
+        copies = party.is_following & ~leaves
+        _, means = shares_and_widths(layer, followed)
+        actions = self._layer_actions(episodes, party, followed, means)
+        by_name = dict(zip(self.scope.actions, party.moved(actions).T, strict=True))
+        decisions = episodes.decisions_of(by_name.get("sparsity"), by_name.get("width"))
+        episodes.begin_layer(decisions)
         if self.channels is None:
-            for number, _ in open_layers:
-                episodes[number].place_all(episodes[number].width_of(0.0))
-            return
-        self._decide_channels(episodes, asks, open_layers, generator)
+            episodes.place_evenly()
+        else:
+            self._decide_channels(episodes, party, followed, self.channels)
+        episodes.settle(followed[copies], copies)
+        return np.where(copies, means, decisions.goals)
+
+    def _layer_actions(
+        self, episodes: Episodes, party: "_Party", followed: Ints, means: Floats
+    ) -> Rows:
+        """(n, actions) of the policy, or of what is followed."""
+        actions = self.layers.act(episodes.layer_observations()) * party.trust[:, None]
+        if party.is_following.any():
+            layer = episodes.layer
+            n_pruned = layer.is_zero[followed].sum(axis=1)
+            wanted = LayerDecisions(n_pruned, np.where(means > 0, means, episodes.even_bits))
+            both = episodes.actions_of(wanted, thresholds=self.scope.widths)
+            columns = [("sparsity", "width").index(name) for name in self.scope.actions]
+            actions[party.is_following] = both[party.is_following][:, columns]
+        return actions
 
     def _decide_channels(
-        self,
-        episodes: Sequence[Episode],
-        asks: Sequence[Ask],
-        waiting: list[tuple[int, Ints | None]],
-        generator: np.random.Generator,
+        self, episodes: Episodes, party: "_Party", followed: Ints, controller: Controller
     ) -> None:
-        assert self.channels is not None
-        while waiting:
-            rows: Rows = np.stack([episodes[n].channel_observation() for n, _ in waiting])
-            actions = self.channels.act(rows)
-            left = []
-            for (number, followed), action in zip(waiting, actions, strict=True):
-                episode = episodes[number]
-                if followed is not None:
-                    width = episode.followed_width(followed)
-                    if width:
-                        action = np.array([episode.channel_action_of(width)], np.float32)
-                moved = _noisy(action, asks[number].noise, generator)
-                if not episode.place(episode.width_of(float(moved[0]))):
-                    left.append((number, followed))
-            waiting = left
-
-    def _decision(self, episode: Episode, action: Rows) -> LayerDecision:
-        values = dict(zip(self.scope.actions, (float(a) for a in action), strict=True))
-        return episode.decision_of(values.get("sparsity"), values.get("width"))
-
-    def _followed_action(self, episode: Episode, positions: Ints) -> Rows:
-        layer = episode.layer
-        _, mean = share_and_width(layer, positions)
-        n_pruned = int(layer.is_zero[positions].sum())
-        pair = episode.action_of(LayerDecision(n_pruned, mean or episode.even_bits))
-        both = dict(zip(("sparsity", "width"), pair, strict=True))
-        return np.array([both[name] for name in self.scope.actions], np.float32)
+        while episodes.open.any():
+            actions = controller.act(episodes.channel_observations())[:, 0] * party.trust
+            widths = episodes.followed_widths(followed)
+            known = party.is_following & (widths > 0)
+            actions = np.where(known, episodes.channel_actions_of(widths), actions)
+            moved = party.moved(actions[:, None])[:, 0]
+            episodes.place(episodes.positions_of(moved))
 
 
-def _noisy(action: Rows, noise: float, generator: np.random.Generator) -> Rows:
-    if not noise:
-        return action
-    return np.clip(action + noise * generator.standard_normal(len(action)), -1.0, 1.0).astype(
-        np.float32
-    )
+@dataclass(frozen=True, eq=False)
+class _Party:
+    """What the episodes of one roll-out were asked for, as arrays."""
+
+    noise: Floats
+    trust: Rows
+    followed: Ints
+    is_following: Mask
+    generator: np.random.Generator
+
+    @classmethod
+    def of(cls, problem: Problem, asks: Sequence[Ask], generator: np.random.Generator) -> "_Party":
+        followed = [problem.widest if a.follow is None else a.follow for a in asks]
+        return cls(
+            np.array([a.noise for a in asks], float),
+            np.array([a.trust for a in asks], np.float32),
+            np.array(followed, np.intp),
+            np.array([a.follow is not None for a in asks], np.bool_),
+            generator,
+        )
+
+    def moved(self, actions: Floats | Rows) -> Floats:
+        """(n, numbers) actions with each episode's noise."""
+        normal = self.generator.standard_normal(actions.shape)
+        return np.asarray(np.clip(actions + self.noise[:, None] * normal, -1.0, 1.0))

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.importance import Importance, ties_of
+from agents.importance import SCORE_FLOOR, Importance, ties_of
 from agents.size_model import SizeModel
 from quant_ops.errors import UsageError
 from quant_ops.graph import Graph, Layer
@@ -16,6 +16,10 @@ from search.strategy import Context
 
 Ints = NDArray[np.intp]
 Floats = NDArray[np.float64]
+
+WITHIN = 0.5  # of what importance says of the channels of one layer: it is noisier than of layers
+MOST_TILT = 3.0  # bits that a layer lies above or below the others
+LEVELS = np.linspace(-16.0, 24.0, 161)  # bits; between them straight lines
 
 STATIC_FIELDS = (
     "position",  # number of the layer / number of layers - 1
@@ -29,6 +33,7 @@ STATIC_FIELDS = (
     "prunable",  # share of its genes that may go
     "spread",  # standard deviation of the natural logarithm of its importances / 3
     "low_half",  # share of its importance in the lower half of the ranking x 2
+    "prior",  # bits that importance puts it above the mean of the network / 8 + 1/2
 )
 
 
@@ -45,6 +50,8 @@ class LayerFacts:
         prunable: (genes,) whether a gene may get 0 bits and leave.
         n_most: how many may go at once.
         weights: (genes,) number of weights of each.
+        importance: of the whole layer; 1 where layers are not set apart by it.
+        prior: (genes,) bits that importance puts each above the mean of the network.
         observation: (len(STATIC_FIELDS),) in [0, 1].
     """
 
@@ -56,6 +63,8 @@ class LayerFacts:
     prunable: NDArray[np.bool_]
     n_most: int
     weights: Floats
+    importance: float
+    prior: Floats
     observation: Floats
 
     @property
@@ -78,15 +87,32 @@ class LayerFacts:
         """Number of weights."""
         return float(self.weights.sum())
 
+    def clipped(self, bits: Floats) -> Floats:
+        """(..., genes) bits inside what each gene may have; 0 where it may leave."""
+        low = np.where(self.prunable, 0.0, self.lowest_width)
+        return np.clip(bits, low, self.widths[-1])
+
+    @cached_property
+    def going(self) -> Ints:
+        """Genes that may leave, least important first."""
+        return np.asarray(self.order[self.prunable[self.order]])
+
+    @cached_property
+    def lowest_width(self) -> float:
+        """The narrowest width that keeps a channel."""
+        return float(self.widths[self.first_width])
+
     @cached_property
     def is_zero(self) -> NDArray[np.bool_]:
         """(widths,): whether a position means 0 bits."""
         return np.asarray(self.widths == 0)
 
-    def nearest(self, width: float, at_least: int = 0) -> int:
-        """Position of the nearest width that keeps a channel, not before `at_least`."""
-        start = max(self.first_width, at_least)
-        return start + int(np.abs(self.widths[start:] - width).argmin())
+    def nearest(self, widths: Floats, at_least: Ints) -> Ints:
+        """(n,) positions of the nearest widths that keep a channel, none before `at_least`."""
+        far = np.abs(self.widths - widths[:, None])
+        start = np.maximum(self.first_width, at_least)
+        far[np.arange(len(self.widths)) < start[:, None]] = np.inf
+        return np.asarray(far.argmin(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,11 +138,11 @@ class Problem:
     groups: int
 
     @classmethod
-    def of(cls, context: Context, criterion: str, groups: int) -> "Problem":
-        """From what the engine offers."""
+    def of(cls, context: Context, criterion: str, groups: int, *, tilt: float = 1.0) -> "Problem":
+        """From what the engine offers; `tilt` is how far layers are trusted to differ, 0 to 1."""
         space = context.space
         importance = Importance.of(space, context.channel_facts(), criterion)
-        layers = _layers(space, importance)
+        layers = _layers(space, importance, tilt)
         largest = context.size_of(space.largest())
         high = min(context.budgets.get("size_bytes", largest), largest)
         low = context.size_of(space.smallest())
@@ -132,9 +158,51 @@ class Problem:
         return np.array([len(w) - 1 for w in self.space.gene_widths], dtype=np.intp)
 
     @cached_property
+    def narrowest(self) -> Floats:
+        """(genes,) the narrowest width of every gene."""
+        return np.array([widths[0] for widths in self.space.gene_widths], float)
+
+    @cached_property
     def n_weights(self) -> float:
         """Weights of all layers."""
         return sum(layer.n_weights for layer in self.layers)
+
+    def shares(self, at: int, mean_bits: Floats) -> Floats:
+        """(n, genes of layer `at`) bits that importance earns each gene.
+
+        So that this and later layers have (n,) `mean_bits` per weight: gene g has level + prior_g,
+        clipped to its widths, with one level for all (reverse water-filling, where a bit less
+        is worth 4 times the error). A gene that may leave has 0 bits at the least.
+        """
+        level = np.interp(mean_bits, self._means[at], LEVELS)
+        return self.layers[at].clipped(level[:, None] + self.layers[at].prior)
+
+    @cached_property
+    def _means(self) -> Floats:
+        """(layers, levels) mean bits per weight of each and later layers at every level."""
+        bits = [x.clipped(LEVELS[:, None] + x.prior) @ x.weights for x in self.layers]
+        weights = [x.n_weights for x in self.layers]
+        ahead = np.cumsum(bits[::-1], axis=0)[::-1]
+        return np.asarray(ahead / np.cumsum(weights[::-1])[::-1, None])
+
+
+def _priors(space: SearchSpace, importance: Importance, tilt: float) -> list[Floats]:
+    """Per layer (genes,) half the binary logarithm of importance per weight, less its mean."""
+    graph = space.graph
+    layers = []
+    for choice in space.layers:
+        per_weight = (
+            importance.levels[choice.name] / graph.layer_of[choice.name].weights_per_channel
+        )
+        layers.append(0.5 * math.log2(max(per_weight, 1e-30)))
+    sizes = [graph.layer_of[c.name].n_weights for c in space.layers]
+    mean = float(np.average(layers, weights=sizes)) if layers else 0.0
+    out = []
+    for choice, bits in zip(space.layers, layers, strict=True):
+        scores = np.maximum(importance.genes[choice.name], SCORE_FLOOR)
+        above = min(max(tilt * (bits - mean), -MOST_TILT), MOST_TILT)
+        out.append(above + WITHIN * 0.5 * np.log2(scores))
+    return out
 
 
 def prunable_genes(space: SearchSpace) -> list[NDArray[np.bool_]]:
@@ -188,7 +256,8 @@ def require_prunable(space: SearchSpace, strategy: str, instead: str) -> None:
     )
 
 
-def _layers(space: SearchSpace, importance: Importance) -> tuple[LayerFacts, ...]:
+def _layers(space: SearchSpace, importance: Importance, tilt: float) -> tuple[LayerFacts, ...]:
+    priors = _priors(space, importance, tilt)
     graph = space.graph
     total = float(sum(graph.layer_of[c.name].n_weights for c in space.layers))
     macs = float(sum(graph.layer_of[c.name].macs for c in space.layers)) or 1.0
@@ -210,6 +279,7 @@ def _layers(space: SearchSpace, importance: Importance) -> tuple[LayerFacts, ...
             float(may[number].mean()),
             float(np.log(np.maximum(scores, 1e-6)).std()) / 3,
             _low_half(scores),
+            float(priors[number].mean()) / 8 + 0.5,
         ]
         out.append(
             LayerFacts(
@@ -221,6 +291,8 @@ def _layers(space: SearchSpace, importance: Importance) -> tuple[LayerFacts, ...
                 may[number],
                 _most(choice, may[number]),
                 _weights(choice, layer),
+                (importance.levels[choice.name] * layer.out_channels) ** tilt,
+                priors[number],
                 np.clip(np.array(fields), 0.0, 1.0),
             )
         )

@@ -1,100 +1,112 @@
-"""From a finished genome back to the transitions that would have led there, under any budget.
+"""From finished genomes back to the transitions that would have led there, under any budget.
 
 Relabelling is hindsight replay [Andrychowicz2017]; the goal between the levels is from [Lou2020].
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.episode import Episode, LayerDecision, Row, share_and_width
-from agents.problem import Ints, Problem
+from agents.episode import Episodes, LayerDecisions, Mask, Rows, shares_and_widths
+from agents.problem import Floats, Ints, Problem
 
 GOAL_WEIGHT = 0.5  # of a missed goal, per bit of the layer's mean width, in units of the reward
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Transition:
-    """One decision.
+class Transitions:
+    """Decisions of one controller, in the order of layers and rank groups.
 
     Attributes:
-        observation: before it.
-        action: executed, in [-1, 1].
-        intrinsic: what the decision's layer adds to the episode's reward: 0, or the penalty for
-            missing the goal.
+        observations: (m, fields) before each.
+        actions: (m, numbers) executed, in [-1, 1].
+        episodes: (m,) number of the episode of each.
+        intrinsic: (m,) what the decision's layer adds to the episode's reward: 0, or the penalty
+            for missing the goal.
     """
 
-    observation: Row
-    action: Row
-    intrinsic: float = 0.0
-
-    def only(self, columns: Sequence[int]) -> "Transition":
-        """With some of the action's numbers."""
-        return replace(self, action=self.action[list(columns)])
+    observations: Rows
+    actions: Rows
+    episodes: Ints
+    intrinsic: Floats
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The transitions of one episode."""
+    """The transitions of some episodes."""
 
-    layers: tuple[Transition, ...]
-    channels: tuple[Transition, ...]
+    layers: Transitions
+    channels: Transitions
 
 
 def retrace(
     problem: Problem,
-    genome: Sequence[int],
-    budget_bytes: float,
+    genomes: NDArray[np.intp],
+    budgets: Sequence[float],
     *,
-    goals: Sequence[float] | None = None,
-    zeros: NDArray[np.bool_] | None = None,
+    goals: Floats | None = None,
+    zeros: Sequence[Mask | None] = (),
+    thresholds: bool = True,
 ) -> Trace:
-    """Every field that depends on the budget is computed anew for `budget_bytes`.
+    """Every field that depends on the budget is computed anew for `budgets`.
 
     Args:
         problem: the constants.
-        genome: the executed decisions, after the wall.
-        budget_bytes: the budget that the transitions speak of: the one that was given, or, in
+        genomes: (n, genes) the executed decisions, after the wall.
+        budgets: (n,) the budgets that the transitions speak of: those that were given, or, in
             hindsight, the bytes that were used.
-        goals: mean widths that the layer controller asked for, one per step; None puts the
-            achieved means in their place, which every goal then is met by.
-        zeros: see `Episode`.
+        goals: (n, steps) mean widths that the layer controller asked for; NaN, or None for all,
+            puts the achieved means in their place, which every goal then is met by.
+        zeros: see `Episodes`.
+        thresholds: see `Episodes.actions_of`.
     """
-    episode = Episode(problem, budget_bytes, zeros)
-    final = np.asarray(genome, dtype=np.intp)
-    layers, channels = [], []
-    step = 0
-    while not episode.done:
-        layer = episode.layer
-        positions = final[layer.start : layer.start + layer.n_genes]
-        _, mean = share_and_width(layer, positions)
-        n_pruned = int(layer.is_zero[positions].sum())
-        goal = mean if goals is None or not mean else goals[step]
-        observation = episode.layer_observation()
-        executed = LayerDecision(n_pruned, mean or float(layer.widths[layer.first_width]))
-        action = np.array(episode.action_of(executed), np.float32)
-        layers.append(Transition(observation, action))
-        if n_pruned < layer.n_genes:
-            channels += _channel_transitions(episode, positions, LayerDecision(n_pruned, goal))
-        episode.overwrite(positions)
-        step += 1
-    return Trace(tuple(layers), tuple(channels))
+    episodes = Episodes(problem, budgets, zeros)
+    layers: list[Transitions] = []
+    channels: list[Transitions] = []
+    everyone = np.arange(episodes.n)
+    while not episodes.done:
+        layer = episodes.layer
+        positions = genomes[:, layer.start : layer.start + layer.n_genes]
+        _, means = shares_and_widths(layer, positions)
+        n_pruned = layer.is_zero[positions].sum(axis=1)
+        executed = LayerDecisions(n_pruned, np.where(means > 0, means, layer.lowest_width))
+        observations = episodes.layer_observations()
+        actions = episodes.actions_of(executed, thresholds=thresholds)
+        layers.append(Transitions(observations, actions, everyone, np.zeros(episodes.n)))
+        wanted = means
+        if goals is not None:
+            asked = goals[:, len(layers) - 1]
+            wanted = np.where(np.isnan(asked) | (means == 0), means, asked)
+        channels += _channel_transitions(episodes, positions, means, wanted)
+        episodes.settle(positions)
+    return Trace(_joined(layers), _joined(channels))
 
 
 def _channel_transitions(
-    episode: Episode, positions: Ints, decision: LayerDecision
-) -> list[Transition]:
-    layer = episode.layer
-    _, mean = share_and_width(layer, positions)
-    intrinsic = -GOAL_WEIGHT * abs(mean - decision.goal)
-    episode.begin_survivors(decision.goal, np.flatnonzero(~layer.is_zero[positions]))
+    episodes: Episodes, positions: Ints, means: Floats, goals: Floats
+) -> list[Transitions]:
+    intrinsic = -GOAL_WEIGHT * np.abs(means - goals)
+    episodes.begin_survivors(goals, ~episodes.layer.is_zero[positions])
     out = []
-    for part in episode.parts:
-        width = episode.followed_width(positions)
-        observation = episode.channel_observation()
-        action = np.array([episode.channel_action_of(width)], np.float32)
-        out.append(Transition(observation, action, intrinsic))
-        episode.record_widths(positions[part])
+    while episodes.open.any():
+        rows = np.flatnonzero(episodes.open)
+        observations = episodes.channel_observations()
+        executed = episodes.channel_actions_of(episodes.followed_widths(positions))
+        actions = executed.astype(np.float32)[:, None]
+        out.append(Transitions(observations[rows], actions[rows], rows, intrinsic[rows]))
+        episodes.record(positions)
     return out
+
+
+def _joined(parts: list[Transitions]) -> Transitions:
+    if not parts:
+        nothing = np.zeros((0, 2), np.float32)
+        return Transitions(nothing, nothing, np.zeros(0, np.intp), np.zeros(0))
+    return Transitions(
+        np.concatenate([p.observations for p in parts]),
+        np.concatenate([p.actions for p in parts]),
+        np.concatenate([p.episodes for p in parts]),
+        np.concatenate([p.intrinsic for p in parts]),
+    )

@@ -29,6 +29,7 @@ class LayerTerms:
         weights_per_input: weights of one output channel that read one input channel.
         gene_of_channel: (out_channels,) gene of each channel, counted within the layer.
         component: (out_channels,) number of the set each is removed with; 0 is never removed.
+        is_simple: whether every channel is in a set of its own, as in most layers.
         inputs: (in_channels,) the same for what it reads; empty where that does not matter.
         n_inputs: input channels per output channel.
     """
@@ -39,6 +40,7 @@ class LayerTerms:
     weights_per_input: float
     gene_of_channel: Ints
     component: Ints
+    is_simple: bool
     inputs: Ints
     n_inputs: int
 
@@ -59,37 +61,42 @@ class SizeModel:
         widest = np.array([len(w) - 1 for w in space.gene_widths], dtype=np.intp)
         self.n_genes = n_genes
         self.fixed = 0.0  # until the estimate of the widest genome says what is missing
-        self.fixed = exact_largest - self.estimate(widest)
+        self.fixed = exact_largest - float(self.estimate(widest[None])[0])
 
-    def estimate(self, genome: Ints) -> float:
-        """Bytes of a whole genome."""
-        zero = np.zeros(self.n_components)
+    def estimate(self, genomes: Ints) -> Floats:
+        """Bytes of (n, genes) whole genomes."""
+        zero = np.zeros((len(genomes), self.n_components))
         for layer in self.layers:
-            self.count_zeros(layer, genome, zero)
-        layers = sum(self.layer_bytes(x, genome, zero) for x in self.layers)
-        return max(self.fixed + layers, 1.0)
+            self.count_zeros(layer, genomes, zero)
+        total = np.full(len(genomes), self.fixed)
+        for layer in self.layers:
+            total += self.layer_bytes(layer, genomes, zero)
+        return np.asarray(np.maximum(total, 1.0))
 
-    def count_zeros(self, layer: LayerTerms, genome: Ints, zero: Floats) -> None:
-        """Add to (components,) how many members of each set this layer has at width 0."""
+    def count_zeros(self, layer: LayerTerms, genomes: Ints, zero: Floats) -> None:
+        """Add to (n, components) how many members of each set this layer has at width 0."""
         start, stop = layer.genes
         if layer.widths[0] > 0:
             return
-        gone = genome[start:stop] == 0
-        if gone.any():
-            # channels of one layer may belong to one set
-            np.add.at(zero, layer.component[gone[layer.gene_of_channel]], 1.0)
+        gone = genomes[:, start:stop] == 0
+        if not gone.any():
+            return
+        channels = gone[:, layer.gene_of_channel]
+        if layer.is_simple:
+            zero[:, layer.component] += channels
+        else:
+            np.add.at(zero.T, layer.component, channels.T)
 
-    def layer_bytes(self, layer: LayerTerms, genome: Ints, zero: Floats) -> float:
-        """Bytes of one layer; `zero` counts the members of each set that are at width 0."""
+    def layer_bytes(self, layer: LayerTerms, genomes: Ints, zero: Floats) -> Floats:
+        """(n,) bytes of one layer; `zero` counts the members of each set that are at width 0."""
         start, stop = layer.genes
-        width = layer.widths[genome[start:stop]]
-        n_inputs = layer.n_inputs
+        width = layer.widths[genomes[:, start:stop]]
+        n_inputs: Floats | int = layer.n_inputs
         if layer.inputs.size:
-            full = zero >= self.members
-            full[0] = False
-            n_inputs = n_inputs - int(full[layer.inputs].sum())
-        bits = float((layer.channels * width).sum()) * layer.weights_per_input * n_inputs
-        return bits / 8 + CHANNEL_BYTES * float(layer.channels[width > 0].sum())
+            full = zero[:, layer.inputs] >= self.members[layer.inputs]
+            n_inputs = layer.n_inputs - (full & (layer.inputs > 0)).sum(axis=1)
+        bits = width @ layer.channels * layer.weights_per_input * n_inputs
+        return np.asarray(bits / 8 + CHANNEL_BYTES * ((width > 0) @ layer.channels))
 
 
 def _terms(space: SearchSpace) -> list[LayerTerms]:
@@ -122,6 +129,7 @@ def _terms(space: SearchSpace) -> list[LayerTerms]:
                 layer.weights_per_channel / n_inputs,
                 gene_of_channel,
                 component,
+                len(np.unique(component)) == len(component),
                 inputs,
                 n_inputs,
             )

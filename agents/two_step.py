@@ -50,7 +50,9 @@ class TwoStep(AgentStrategy):
     settings: Settings
 
     def run(self, context: Context) -> None:
-        problem = Problem.of(context, self.settings.importance, self.settings.groups)
+        problem = Problem.of(
+            context, self.settings.importance, self.settings.groups, tilt=self.settings.tilt
+        )
         self.keep_ranking(context, problem)
         left = context.remaining().trials
         half = (UNLIMITED if left is None else left) // 2

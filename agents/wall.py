@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.problem import Ints, Problem
+from agents.problem import Floats, Ints, Problem
 from search.evaluation import within
 from search.strategy import Context
 
 CORRECTIONS = 4  # how often the estimate is put right by an exact size before it is left aside
 CLOSE = 0.998  # of the budget: near enough to stop correcting
+ROUGH = 8  # steps of one position, of thousands: near enough for a proposal
+SIDE_BY_SIDE = 48  # genomes
+EDGES_LAST = 100.0  # bits: activations narrow only where no weights are left to narrow
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,11 @@ class Path:
         genes = np.concatenate([np.zeros(0, np.intp), *steps]).astype(np.intp)
         return cls(genome, genes, np.cumsum([0, *(len(step) for step in steps)]))
 
+    @classmethod
+    def one_by_one(cls, genome: Ints, genes: Ints) -> "Path":
+        """Every gene is a step."""
+        return cls(genome, genes, np.arange(len(genes) + 1))
+
     @property
     def n_steps(self) -> int:
         """Number of steps."""
@@ -39,16 +47,16 @@ class Path:
 
 
 class Wall:
-    """Takes bits away from the least important genes until every budget holds.
+    """Takes bits away where importance values them least until every budget holds.
 
-    One pass goes from the least important gene of the network to the most important one and
-    takes one position off each, down to 0 bits where it may leave; passes repeat. Only where
-    that is not enough, genes whose removal frees no slot go too. A genome that fits is left
-    as it is.
+    Each step takes one position off the gene whose width lies farthest above its prior, down to
+    0 bits where it may leave. Only where that is not enough, genes whose removal frees no slot
+    go too. A genome that fits is left as it is; `filled` spends what a genome leaves over.
 
     Args:
         problem: the constants.
-        order: "bits" as described; "channels" takes whole genes away and leaves widths alone;
+        order: "bits" as described; "channels" takes whole genes away, least important first,
+            and leaves widths alone;
             "layers" takes one position off whole layers, from the last to the first [Wang2019],
             and prunes only where no widths are left to take.
     """
@@ -59,6 +67,7 @@ class Wall:
         self._floor, self._bottom = _floors(problem, keeps_channels=order == "layers")
         scores = [layer.scores for layer in problem.layers]
         n_edges = len(problem.space.activations)
+        self._excess = _excess(problem)
         self._ascending = np.argsort(
             np.concatenate([*scores, np.full(n_edges, np.inf)]), kind="stable"
         )
@@ -67,10 +76,31 @@ class Wall:
             for layer in reversed(problem.layers)
         ]
 
-    def estimated(self, genome: Ints, budget_bytes: float) -> Ints:
-        """The genome inside `budget_bytes` by the estimate alone, or as small as it gets."""
-        path = self._path(genome)
-        return path.after(self._steps_to(path, budget_bytes))
+    def filled(self, genomes: Ints, budgets: Floats) -> Ints:
+        """(n, genes) genomes at (n,) bytes by the estimate, or as near to them as they get.
+
+        What is over is taken away. What is left is spent, each step on the surviving gene whose
+        next width lies farthest below its prior; orders but "bits" leave it unspent.
+        """
+        over = self._problem.size.estimate(genomes) > budgets
+        out = genomes.copy()
+        if over.any():
+            paths = [self._path(genome) for genome in genomes[over]]
+            out[over] = _after(paths, self._steps_to(paths, budgets[over], ROUGH))
+        if self._order == "bits" and not over.all():
+            out[~over] = self._raised(genomes[~over], budgets[~over])
+        return out
+
+    def _raised(self, genomes: Ints, budgets: Floats) -> Ints:
+        n_genes = len(self._problem.widest) - len(self._problem.space.activations)
+        tops = genomes.copy()
+        survives = (genomes > 0) | (self._problem.narrowest > 0)
+        tops[:, :n_genes] = np.where(survives, self._problem.widest, genomes)[:, :n_genes]
+        paths = [
+            Path.one_by_one(top, self._by_excess(top, genome))
+            for top, genome in zip(tops, genomes, strict=True)
+        ]
+        return _after(paths, self._steps_to(paths, budgets, ROUGH))
 
     def lower(self, context: Context, genome: Ints, limits: Mapping[str, float]) -> tuple[int, ...]:
         """The genome inside every limit (cost name to limit); the smallest one if none fits."""
@@ -94,27 +124,53 @@ class Wall:
         space, size, offset = self._problem.space, self._problem.size, 0.0
         best: int | None = None
         for _ in range(CORRECTIONS):
-            n = self._steps_to(path, limit - offset)
+            n = int(self._steps_to([path], np.array([limit - offset]), 1)[0])
             genome = path.after(n)
             exact = context.size_of(space.decode(genome.tolist()))
             if exact <= limit and (best is None or n < best):
                 best = n
             if best is not None and (n == 0 or exact > CLOSE * limit):
                 break
-            offset = exact - size.estimate(genome)
+            offset = exact - float(size.estimate(genome[None])[0])
         return best
 
-    def _steps_to(self, path: Path, size_bytes: float) -> int:
-        """The fewest steps to an estimate of `size_bytes`; all of them if that is not reached."""
-        size = self._problem.size
-        n = _bisect(lambda n: size.estimate(path.after(n)) <= size_bytes, path.n_steps)
-        return path.n_steps if n is None else n
+    def _steps_to(self, paths: Sequence[Path], sizes: Floats, tolerance: int) -> Ints:
+        """The fewest steps to estimates of (n,) `sizes`, up to `tolerance` - 1 more.
+
+        All of them where that is not reached. Several places of every path are looked at together,
+        because an estimate of 64 genomes takes hardly longer than one.
+        """
+        n, size = len(paths), self._problem.size
+        parts = max(2, 1 + SIDE_BY_SIDE // n)
+        # low is too few, -1 to begin with; high is enough or all
+        low = np.full(n, -1)
+        high = np.array([path.n_steps for path in paths], np.intp)
+        rows = np.arange(n)
+        while (high - low > tolerance).any():
+            gaps = (high - low)[:, None] * np.arange(1, parts) // parts
+            places = np.column_stack([low, np.maximum(low[:, None] + gaps, 0), high])
+            tried = [_after(paths, places[:, column]) for column in range(1, parts)]
+            estimates = size.estimate(np.concatenate(tried)).reshape(parts - 1, n)
+            # the first place that fits; the last one counts as fitting
+            fits = np.column_stack([(estimates <= sizes).T, np.ones(n, np.bool_)])
+            first = fits.argmax(axis=1)
+            low, high = places[rows, first], places[rows, first + 1]
+        return high
 
     def _path(self, genome: Ints) -> Path:
         """First down to the floors, then to the bottom."""
         low = np.minimum(genome, self._floor)
         bottom = np.minimum(low, self._bottom)
+        if self._order == "bits":
+            genes = [self._by_excess(genome, low), self._by_excess(low, bottom)]
+            return Path.one_by_one(genome, np.concatenate(genes))
         return Path.of(genome, [*self._passes(genome, low), *self._passes(low, bottom)])
+
+    def _by_excess(self, genome: Ints, low: Ints) -> Ints:
+        """The gene of each step from one genome down to another, the most excessive first."""
+        places = np.arange(self._excess.shape[1])
+        genes, positions = np.nonzero((places > low[:, None]) & (places <= genome[:, None]))
+        return np.asarray(genes[np.argsort(-self._excess[genes, positions], kind="stable")])
 
     def _passes(self, genome: Ints, low: Ints) -> list[Ints]:
         room = genome - low
@@ -123,13 +179,21 @@ class Wall:
             return [np.repeat(gene, room[gene]) for gene in going]
         steps: list[Ints] = []
         for taken in range(int(room.max(initial=0))):
-            if self._order == "layers":
-                blocks = (block[room[block] > taken] for block in self._layers)
-                steps += [block for block in blocks if len(block)]
-            else:
-                left = self._ascending[room[self._ascending] > taken]
-                steps += list(left[:, None])
+            blocks = (block[room[block] > taken] for block in self._layers)
+            steps += [block for block in blocks if len(block)]
         return steps
+
+
+def _excess(problem: Problem) -> Floats:
+    """(genes, positions) bits that a width lies above its gene's prior; edges come last."""
+    widths = problem.space.gene_widths
+    out = np.full((len(widths), max(map(len, widths))), -np.inf)
+    for layer in problem.layers:
+        genes = slice(layer.start, layer.start + layer.n_genes)
+        out[genes, : len(layer.widths)] = layer.widths - layer.prior[:, None]
+    for gene in range(len(widths) - len(problem.space.activations), len(widths)):
+        out[gene, : len(widths[gene])] = np.array(widths[gene], float) - EDGES_LAST
+    return out
 
 
 def _floors(problem: Problem, *, keeps_channels: bool) -> tuple[Ints, Ints]:
@@ -145,6 +209,11 @@ def _floors(problem: Problem, *, keeps_channels: bool) -> tuple[Ints, Ints]:
         if choice.groups and not choice.may_vanish:
             bottom[layer.start + layer.order[-1]] = layer.first_width
     return floor, bottom
+
+
+def _after(paths: Sequence[Path], n_steps: Ints) -> Ints:
+    """(n, genes) genomes after (n,) steps of each path."""
+    return np.stack([path.after(n) for path, n in zip(paths, n_steps, strict=True)])
 
 
 def _bisect(fits: Callable[[int], bool], n_steps: int) -> int | None:

@@ -1,27 +1,39 @@
 """What the agents add: cold, warm, joint against two-step, one training for many budgets.
 
     python studies/ajpq.py --data DATA [--task cifar10-resnet20] [--part cold|warm|budgets]
-    python studies/ajpq.py --table [--task cifar10-resnet20]
+    python studies/ajpq.py --table [--task cifar10-resnet20] [--images 512] [--evaluations 200]
 
 Every cell (part, method, seed) is one run and one row of studies/rows/ajpq.jsonl; cells that have
 a row are skipped, a killed run is resumed. Cold: the method alone. Warm: after uniform widths,
 rate-distortion and channel allocation on one record; the gain is over that record. Budgets: one
-run that is asked for five sizes, against five runs of a fifth of the evaluations each.
+run that is asked for five sizes, against five runs of a fifth of the evaluations each. The own
+share is that of the search's time which is not spent on measuring candidates or channels.
 """
 
 import argparse
+import contextlib
 import json
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-import search
-from search.budget import parse_size
-from search.dominance import non_dominated
+from quant_ops.candidate import Candidate
+from search.budget import Budgets, parse_size
+from search.config import RunConfig
+from search.context import Limits, RunContext
+from search.dominance import HypervolumeScale, non_dominated
 from search.evaluation import Evaluation
-from search.front import ParetoFront
-from search.record import Record
+from search.prepare import Prepared, prepare
+from search.record import JOURNAL, Record
+from search.runners.base import Runner
+from search.runners.cluster import Cluster
+from search.runners.in_process import InProcess
+from search.strategies.table import make_strategy
+from search.strategy import ChannelFacts, SearchOver
+from search.tasks.table import load_task
 
 SEEDS = (0, 1, 2, 3, 4)
 METHODS = ("ajpq", "haq", "two-step", "nsga2", "local-search", "random")
@@ -34,6 +46,7 @@ BUDGETS = {
     "cifar10-resnet56": ("150kB", "200kB", "270kB", "350kB", "430kB"),
     "digits": ("1MB", "1.5MB", "2MB", "3MB", "4MB"),
 }
+PREPARED: dict[str, Prepared] = {}
 ROWS = Path(__file__).parent / "rows" / "ajpq.jsonl"
 
 
@@ -53,7 +66,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        print_tables(arguments.task)
+        same = {k: getattr(arguments, k) for k in ("task", "evaluations", "images")}
+        print_tables([r for r in read_rows() if all(r[k] == v for k, v in same.items())])
         return
     for seed in SEEDS[: arguments.seeds]:
         for part in (arguments.part,) if arguments.part else ("cold", "warm", "budgets"):
@@ -80,33 +94,34 @@ def measure_cell(arguments: argparse.Namespace, part: str, method: str, seed: in
     budgets = BUDGETS[arguments.task]
     if part == "budgets":
         asked = [budgets] if method == "one run" else [(budget,) for budget in budgets]
-        n = arguments.evaluations // len(asked)
-        strategies = (*COMMON, "ajpq")
-        runs = [
-            run(arguments, folder / str(i), sizes, strategies, n, seed)
-            for i, sizes in enumerate(asked)
-        ]
+        shares = {**dict.fromkeys(COMMON, COMMON_EVALUATIONS), "ajpq": None}
     else:
-        strategies = (method,) if part == "cold" else (*COMMON, method)
-        runs = [run(arguments, folder, budgets[-1:], strategies, arguments.evaluations, seed)]
-    common, found = [], []
-    for folder_of_run in runs:
-        for evaluation in Record.open(folder_of_run).evaluations():
+        asked = [budgets[-1:]]
+        shares = dict.fromkeys(COMMON if part == "warm" else (), COMMON_EVALUATIONS)
+        shares = {**shares, method: None}
+    n = arguments.evaluations // len(asked)
+    common: list[Evaluation] = []
+    found: list[Evaluation] = []
+    searching = measuring = 0.0
+    for i, sizes in enumerate(asked):
+        prepared = prepared_task(arguments, sizes, seed)
+        context, seconds = run(prepared, folder / str(i), shares, n)
+        searching, measuring = searching + seconds, measuring + context.measuring
+        for evaluation in context.history():
             (common if evaluation.strategy in COMMON else found).append(evaluation)
-    if len(found) > arguments.evaluations:
-        raise SystemExit(
-            f"{method}: {len(found)} evaluations instead of {arguments.evaluations}, because the "
-            f"common strategies' shares were too small to replay them; ask for 200 or more"
-        )
-    scale = ParetoFront.load(runs[0] / "front.json").info.scale
+    n_found = len(found)
+    # the first of two steps may lie over the budget
+    found = [e for e in found if e.size_bytes <= parse_size(budgets[-1])]
+    scale = scale_of(prepared)
     row = keys | {
         "hypervolume": scale.hypervolume(common + found),
         "common": scale.hypervolume(common),  # cold agents measure uniform widths too
         "losses": [best_at(common + found, parse_size(budget)) for budget in budgets],
         "front": [(e.size_bytes, e.loss) for e in non_dominated(common + found)],
         "scale": [scale.smallest_bytes, scale.largest_bytes, scale.worst_loss],
-        "trials": len(found),
+        "trials": n_found,
         "seconds": round(time.monotonic() - started, 1),
+        "own_share": round(1 - measuring / max(searching, 1e-9), 3),
     }
     ROWS.parent.mkdir(exist_ok=True)
     with ROWS.open("a") as file:
@@ -114,41 +129,99 @@ def measure_cell(arguments: argparse.Namespace, part: str, method: str, seed: in
     print({k: v for k, v in row.items() if k not in ("front", "scale")}, flush=True)
 
 
-def run(
-    arguments: argparse.Namespace,
-    folder: Path,
-    budgets: tuple[str, ...],
-    strategies: tuple[str, ...],
-    evaluations: int,
-    seed: int,
-) -> Path:
-    """One run with widths per channel; the last strategy gets `evaluations`, others what they need.
+def prepared_task(arguments: argparse.Namespace, budgets: tuple[str, ...], seed: int) -> Prepared:
+    """The task with widths per channel; it is the same for all budgets and seeds."""
+    config = RunConfig(
+        task=arguments.task,
+        granularity="channel",
+        search_samples=arguments.images,
+        probe_samples=PROBE_IMAGES,
+        workers=arguments.workers,
+        threads=arguments.threads,
+    )
+    if config.task not in PREPARED:
+        task = load_task(arguments.task, data=arguments.data)
+        PREPARED[config.task] = prepare(task, config)
+    prepared = PREPARED[config.task]
+    return replace(prepared, config=replace(config, budgets=budgets, seed=seed))
 
-    Common strategies run first and alone, so that how much they need is known.
+
+class TimedContext(RunContext):
+    """Sums up the seconds that the last strategy waits for measurements."""
+
+    measuring = 0.0
+
+    def begin(self, strategy: str, limits: Limits, *, in_full: bool = False) -> None:
+        """See `RunContext.begin`."""
+        self.measuring = 0.0
+        super().begin(strategy, limits, in_full=in_full)
+
+    def evaluate(self, candidates: Sequence[Candidate]) -> list[Evaluation]:
+        """See `RunContext.evaluate`."""
+        started = time.monotonic()
+        try:
+            return super().evaluate(candidates)
+        finally:
+            self.measuring += time.monotonic() - started
+
+    def channel_facts(self) -> Mapping[str, ChannelFacts]:
+        """See `RunContext.channel_facts`."""
+        started = time.monotonic()
+        facts = super().channel_facts()
+        self.measuring += time.monotonic() - started
+        return facts
+
+
+def run(
+    prepared: Prepared, folder: Path, shares: dict[str, int | None], evaluations: int
+) -> tuple[TimedContext, float]:
+    """One strategy after the other on one record, without packing and checking a front.
+
+    Gives the context, and the seconds that the last strategy took.
+
+    Args:
+        prepared: the task.
+        folder: of the record; a record that is there is taken up.
+        shares: strategy to its evaluations at most; None is `evaluations`.
+        evaluations: see there.
     """
-    stages = [(strategies, evaluations)]
-    if len(strategies) > 1:
-        stages.insert(0, (strategies[:-1], COMMON_EVALUATIONS * len(COMMON)))
-    for names, n in stages:
-        resume = (folder / "config.json").exists()
-        known = Record.open(folder).evaluations() if resume else []
-        n_common = sum(e.strategy in COMMON for e in known)
-        search.run(
-            arguments.task,
-            budgets,
-            out=folder,
-            resume=resume,
-            data=None if arguments.data is None else str(arguments.data),
-            strategies=names,
-            trials=n + (n_common if names is strategies and len(names) > 1 else 0),
-            seed=seed,
-            granularity="channel",
-            search_samples=arguments.images,
-            probe_samples=PROBE_IMAGES,
-            workers=arguments.workers,
-            threads=arguments.threads,
-        )
-    return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config, asked = prepared.config, Budgets.parse(prepared.config.budgets)
+    if (folder / JOURNAL).exists():
+        record = Record.open(folder)
+    else:
+        record = Record.create(folder, name=prepared.task.name, metadata=prepared.digests)
+    runner: Runner = InProcess(prepared.evaluator)
+    if config.workers:
+        runner = Cluster(prepared.spec, n_workers=config.workers, threads=max(1, config.threads))
+    context = TimedContext(
+        space=prepared.space,
+        budgets=asked.limits,
+        sizes=asked.sizes,
+        early_stop=True,
+        costs=prepared.costs,
+        seed=config.seed,
+        runner=runner,
+        record=record,
+        folder=folder,
+        evaluator=prepared.evaluator,
+    )
+    try:
+        for name, share in shares.items():
+            started = time.monotonic()
+            context.begin(name, Limits(evaluations if share is None else share, None))
+            with contextlib.suppress(SearchOver):
+                make_strategy(name).run(context)
+    finally:
+        runner.close()
+    return context, time.monotonic() - started
+
+
+def scale_of(prepared: Prepared) -> HypervolumeScale:
+    """That of the task, as every front.json has it."""
+    cost, graph = prepared.costs["size_bytes"].cost, prepared.traced.graph
+    low, high = (int(cost(graph, c)) for c in (prepared.space.smallest(), prepared.space.largest()))
+    return HypervolumeScale(low, high, prepared.worst_loss())
 
 
 def best_at(evaluations: list[Evaluation], size_bytes: int) -> float | None:
@@ -162,25 +235,26 @@ def read_rows() -> list[dict]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
-def print_tables(task: str) -> None:
+def print_tables(rows: list[dict]) -> None:
     """Hypervolumes cold, gains warm, and ajpq's paired difference to every other method."""
-    rows = [row for row in read_rows() if row["task"] == task]
     for part in ("cold", "warm", "budgets"):
         mine = [row for row in rows if row["part"] == part]
         if not mine:
             continue
         print(f"\n{part}: hypervolume" + (" gained over the common record" * (part != "cold")))
-        print("| method | per seed | ajpq minus this, 95 % bootstrap | minutes |")
-        print("|---|---|---|---|")
+        print("| method | per seed | ajpq minus this, 95 % bootstrap | minutes | own share |")
+        print("|---|---|---|---|---|")
         first = "one run" if part == "budgets" else "ajpq"
         ours = values(mine, first)
         for method in dict.fromkeys(row["method"] for row in mine):
             theirs = values(mine, method)
             minutes = [row["seconds"] / 60 for row in mine if row["method"] == method]
+            shares = [row["own_share"] for row in mine if row["method"] == method]
             print(
                 f"| {method} | {' '.join(f'{v:.4f}' for v in theirs.values())}",
                 "-" if method == first else paired(ours, theirs),
-                f"{np.mean(minutes):.1f} |",
+                f"{np.mean(minutes):.1f}",
+                f"{np.mean(shares):.0%} |",
                 sep=" | ",
             )
 

@@ -121,7 +121,7 @@ def test_fixed_mode_leaves_channels_out_or_gives_them_one_width(runs, search_cal
         (["--set", "ajpq.policy=/nowhere"], "holds no policy of 'ajpq'"),
         (["--set", "ajpq.algorithm=ppo"], "algorithm must be one of ddpg, td3, sac, got 'ppo'"),
         (["--set", "ajpq.importance=x"], "importance must be one of weight-sum"),
-        (["--set", "ajpq.follow=2"], "follow lies in [0, 1]"),
+        (["--set", "ajpq.follow=2"], "follow and tilt lie in [0, 1]"),
     ],
 )
 def test_bad_input_gets_one_sentence(options, message, search_call, tiny, tmp_path):

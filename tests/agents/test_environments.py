@@ -85,11 +85,11 @@ def test_a_channel_episode_is_charged_half_a_bit_per_bit_off_the_goal(task):
         environment.reset(seed=seed)
         done = False
         while not done:
-            goal, layer = environment._episode.goal, environment._episode.layer
-            genome = environment._episode.genome
-            genes = np.concatenate(environment._episode.parts)
+            goal, layer = environment._episode.goals[0], environment._episode.layer
+            genes = np.flatnonzero(environment._episode.part_of[0] >= 0)
+            genomes = environment._episode.genomes
             _, reward, done, _, _ = environment.step(np.array([1.0], np.float32))
             if reward:
-                weights, widths = layer.weights[genes], layer.widths[genome[layer.start + genes]]
-                achieved = widths @ weights / weights.sum()
+                widths = layer.widths[genomes[0, layer.start + genes]]
+                achieved = widths @ layer.weights[genes] / layer.weights[genes].sum()
                 assert reward == pytest.approx(-0.5 * abs(achieved - goal))
