@@ -138,14 +138,17 @@ def keep(row: dict) -> None:
 
 def print_table() -> None:
     """Every row beside what is wanted."""
-    print("| row | seed | file bytes | recovered, loss | trained, loss | test | wanted | minutes |")
+    print(
+        "| row | recipe | seed | file bytes | recovered, test | trained, test | wanted | minutes |"
+    )
     print("|---" * 8 + "|")
     for line in ROWS.read_text().splitlines():
         row = json.loads(line)
-        test = row["trained"]["test"]
+        recipe = ", ".join(one.removeprefix("finetune.") for one in row["set"])
+        tests = (row["recovered"]["test"], row["trained"]["test"])
+        before, after = ("-" if x is None else f"{100 * x:.2f} %" for x in tests)
         print(
-            f"| {row['row']} | {row['seed']} | {row['bytes']:,} | {row['recovered']['loss']:.4f} "
-            f"| {row['trained']['loss']:.4f} | {'-' if test is None else f'{100 * test:.2f} %'} "
+            f"| {row['row']} | {recipe} | {row['seed']} | {row['bytes']:,} | {before} | {after} "
             f"| {ROWS_WANTED[row['row']].wanted} % | {row['seconds'] / 60:.0f} |"
         )
 
