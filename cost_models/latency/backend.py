@@ -13,6 +13,7 @@ from quant_ops.graph import Graph
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "cost_models.latency.onnxruntime_backend:OnnxRuntime",
+    "cuda": "cost_models.latency.cuda_backend:Cuda",
 }
 
 
@@ -44,11 +45,11 @@ class Backend(ABC):
 
     Attributes:
         name: as `--backend` calls it.
-        rules: which kernel runs what; the first that fits decides.
+        rules: which kernel runs what on this device; the first that fits decides.
     """
 
     name: ClassVar[str]
-    rules: ClassVar[tuple[Rule, ...]]
+    rules: tuple[Rule, ...]
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads

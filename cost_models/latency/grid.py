@@ -22,9 +22,14 @@ WeightBytes = Callable[[Work, str], float]
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the channels that a pruned layer keeps
 RAGGED_SHARES = (0.85, 0.6, 0.35)  # likewise, with an odd number of channels left
 FIXED_CHANNELS = 4  # so few input channels are an image's, which are never pruned
+INTEGER_WIDTHS = (8, 4)  # of weights and inputs alike
 WEIGHT_WIDTHS = (8, 4, 2)
 SMALL_WALK = 12
-
+_GRID_WIDTHS = (
+    (FLOAT_BITS, FLOAT_BITS),
+    *((b, b) for b in INTEGER_WIDTHS),
+    *((b, FLOAT_BITS) for b in WEIGHT_WIDTHS),
+)  # of weights, of inputs
 
 CONVERSIONS = ("quantize", "dequantize", "layout", "add")
 
@@ -84,7 +89,7 @@ def grid_walks(kernel_for: KernelFor, weight_bytes: WeightBytes) -> list[list[Ca
     """
     works = _grid()
     walks = _Walks(weight_bytes)
-    for weight_bits, activation_bits in ((32, 32), (8, 8), (8, 32), (4, 32), (2, 32)):
+    for weight_bits, activation_bits in _GRID_WIDTHS:
         chosen = [(w, kernel_for(w.operator, weight_bits, activation_bits)) for w in works]
         chosen = [(work, kernel) for work, kernel in chosen if kernel]
         walks.add(chosen)
@@ -118,10 +123,13 @@ class _Walks:
 
 
 def _uniform(graph: Graph) -> list[Candidate]:
-    """Everything on integers, then weights alone at every width that has a kernel."""
-    edges = {e.name: 8 for e in activation_edges(graph) if e.kind not in ("output", "partial")}
+    """Everything on integers, then weights alone, at every width that has a kernel."""
+    edges = [e.name for e in activation_edges(graph) if e.kind not in ("output", "partial")]
     names = [layer.name for layer in graph.searchable_layers]
-    out = [Candidate.of(dict.fromkeys(names, 8.0), edges)]
+    out = [
+        Candidate.of(dict.fromkeys(names, float(b)), dict.fromkeys(edges, b))
+        for b in INTEGER_WIDTHS
+    ]
     return [*out, *(Candidate.of(dict.fromkeys(names, float(b))) for b in WEIGHT_WIDTHS)]
 
 

@@ -1,6 +1,7 @@
 """The cost model over a latency table."""
 
 import math
+from collections.abc import Iterable
 from functools import cached_property
 from typing import ClassVar
 
@@ -92,22 +93,26 @@ class Latency(CostModel):
 
     def _key(self, candidate: Candidate, removal: Removal) -> tuple[object, ...]:
         """Equal for candidates that run the same kernels on the same shapes."""
-        kernels = self._kernels_of_width
-        layers = tuple((name, kernels[max(quant.bit_widths)]) for name, quant in candidate.layers)
+        weights, inputs = self._kernels_of_width
+        layers = tuple((name, weights[max(quant.bit_widths)]) for name, quant in candidate.layers)
+        edges = tuple((name, inputs[bits]) for name, bits in candidate.activations)
         removed = removal.removed.tobytes() if removal else b""
-        return layers, tuple(name for name, _ in candidate.activations), removed
+        return layers, edges, removed
 
     @cached_property
-    def _kernels_of_width(self) -> "_KernelClasses":
-        return _KernelClasses(self.table)
+    def _kernels_of_width(self) -> "tuple[_KernelClasses, _KernelClasses]":
+        """Of weights, of activations."""
+        rules = self.table.rules
+        weights, inputs = {r.weight_bits for r in rules}, {r.activation_bits for r in rules}
+        return _KernelClasses(weights), _KernelClasses(inputs)
 
 
 class _KernelClasses(dict[float, int]):
-    """Weight width to the widest one that every rule treats alike."""
+    """A width to the widest one that every rule treats alike."""
 
-    def __init__(self, table: LatencyTable) -> None:
+    def __init__(self, limits: Iterable[int]) -> None:
         super().__init__()
-        self._steps = sorted({rule.weight_bits for rule in table.rules if rule.weight_bits})
+        self._steps = sorted(limit for limit in limits if limit)
 
     def __missing__(self, width: float) -> int:
         self[width] = next((step for step in self._steps if width <= step), 32)

@@ -51,7 +51,7 @@ class OnnxRuntime(Backend):
     """
 
     name: ClassVar[str] = "onnxruntime"
-    rules: ClassVar[tuple[Rule, ...]] = (
+    rules: tuple[Rule, ...] = (
         Rule("int8", ("conv",), 8, 8, "QLinearConv; narrower weights and inputs are widened"),
         Rule("int8", ("linear",), 8, 8, "QGemm; narrower weights and inputs are widened"),
         Rule("weight2", ("linear",), 2, FLOAT_BITS, "MatMulNBits, accuracy level 4"),

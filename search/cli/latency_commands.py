@@ -62,12 +62,13 @@ def profile(
     from search.progress import ConsoleListener
     from search.tables import stdout_console
 
+    ready = chosen(threads)  # a device that is missing is missed before a task is loaded
     with ConsoleListener() as listener:
         loaded = None
         if task is not None:
             loaded = load_task_for(RunConfig(task=task, data=data), listener)
         table = measure(
-            chosen(threads),
+            ready,
             loaded,
             out,
             plan=Plan(rounds, passes),

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from cost_models.latency import cuda_backend
 from cost_models.latency.backend import Runner
+from cost_models.latency.cuda_device import CudaDevice
 from cost_models.latency.lowering import calls_of
 from cost_models.latency.table import LatencyTable, load_table
 from quant_ops.candidate import Candidate
@@ -201,10 +203,16 @@ def test_tables_are_listed(search_call, tmp_path, monkeypatch):
         (("run", "--budget", "latency=2ms"), "needs --latency-table", 2),
         (("run", "--budget", "latency=soon"), "is not a time; write it as 2ms", 2),
         (("profile", "--check", "nowhere"), "holds no run", 2),
+        (
+            ("profile", "--backend", "cuda", "--task", "digits", "--out", "t.json"),
+            "needs an NVIDIA GPU and a CUDA build of torch",
+            4,
+        ),
     ],
 )
-def test_bad_input_is_refused_in_a_sentence(search_call, arguments, message, code):
+def test_bad_input_is_refused_in_a_sentence(search_call, arguments, message, code, monkeypatch):
     pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     answer = search_call(*arguments)
     assert answer.code == code
     assert message in answer.stderr
@@ -272,3 +280,34 @@ def test_one_grid_serves_networks_that_it_was_not_made_for(
         assert answer.code == 0, answer.stderr
         points = json.loads((tmp_path / name / "front.json").read_text())["points"]
         assert all(point["costs"]["latency_ms"] > 0 for point in points)
+
+
+@pytest.mark.slow
+def test_a_table_of_a_gpu_is_listed_and_searched_where_there_is_none(search_call, tiny, tmp_path):
+    device = CudaDevice("NVIDIA L4", (8, 9), 58, 24 * 10**9, "550.54", "12.8", "", place="cpu")
+    table = tmp_path / "l4.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_backend, "find_device", lambda: device)
+        patch.setattr(cuda_backend, "Captured", lambda runs, pool: Made(5.0 + 2.0 * len(runs)))
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+        few = ("--rounds", 1, "--passes", 1)
+        answer = search_call(
+            "profile", "--backend", "cuda", "--task", tiny("mlp"), "--out", table, *few
+        )
+    assert answer.code == 0, answer.stderr
+    assert "fp8" in answer.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BITFRONT_TABLES", str(tmp_path))
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        listed = {row["name"]: row for row in json.loads(search_call("tables", "--json").stdout)}
+        assert listed["l4"]["backend"] == "cuda"
+        assert listed["l4"]["kernels"]["linear"][:2] == ["fp8 (W4 A4)", "int8 (W8 A8)"]
+        budgets = ("--budget", "latency=10s", "--activation-bits", "4,8", "--trials", 8)
+        run = ("run", "--task", tiny("mlp"), "--latency-table", "l4", *budgets)
+        answer = search_call(*run, "--out", tmp_path / "run")
+        assert answer.code == 0, answer.stderr
+        points = json.loads((tmp_path / "run" / "front.json").read_text())["points"]
+        assert all(point["costs"]["latency_ms"] > 0 for point in points)
+        refused = search_call("profile", "--check", tmp_path / "run", "--backend", "cuda")
+        assert refused.code == 4
+        assert "needs an NVIDIA GPU" in refused.stderr

@@ -5,6 +5,7 @@ import pytest
 from cost_models.latency.grid import task_walks
 from cost_models.latency.lowering import calls_of, smaller_network
 from cost_models.latency.model import Latency
+from cost_models.latency.table import Entry, Rule
 from quant_ops.candidate import Candidate, LayerQuant
 from quant_ops.edges import activation_edges
 from quant_ops.errors import UsageError
@@ -75,6 +76,18 @@ def test_a_width_without_a_kernel_costs_what_the_wider_kernel_costs(graph, table
     weights_only = [Candidate.of(dict.fromkeys(names(graph), b)) for b in (3.0, 4.0, 8.0)]
     three, four, eight = (model.cost(graph, c) for c in weights_only)
     assert three == four != eight
+
+
+def test_widths_of_inputs_choose_kernels_too(graph, make_table):
+    rules = (Rule("int4", ("linear",), 4, 4), *make_table([]).rules)
+    empty = make_table([], rules=rules)
+    walks = task_walks(graph, empty.kernel_for, empty.weight_bytes)
+    kernels = {(w, k): 1.0 if k == "int4" else 9.0 for walk in walks for w, k, _ in walk}
+    entries = tuple(Entry(w, k, (time,)) for (w, k), time in kernels.items())
+    model = Latency(make_table([], rules=rules, entries=entries))
+    wide = Candidate.of(dict.fromkeys(names(graph), 4.0), dict(integers(graph).activations))
+    fast = Candidate.of(dict.fromkeys(names(graph), 4.0), {name: 4 for name, _ in wide.activations})
+    assert model.cost(graph, wide) - model.cost(graph, fast) == pytest.approx(8e-3)
 
 
 def pruned(graph):
