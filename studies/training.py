@@ -58,9 +58,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--set", action="append", default=[], metavar="NAME.KEY=VALUE")
-    parser.add_argument(
-        "--then", action="append", default=[], help="how `search recover` trained it further since"
-    )
     parser.add_argument("--out", type=Path, default=Path("runs/training"))
     parser.add_argument("--test", action="store_true")
     parser.add_argument("--table", action="store_true")
@@ -73,9 +70,9 @@ def main() -> None:
     train(ROWS_WANTED[arguments.row], folder, arguments)
     seconds = time.monotonic() - started
     front = ParetoFront.load(folder / "front.json")
-    if arguments.test and any(point.trial not in front.test for point in front.points):
+    if arguments.test and not front.test:
         front = read_test_split(folder)
-    row = {"row": arguments.row, "seed": arguments.seed, "set": arguments.set + arguments.then}
+    row = {"row": arguments.row, "seed": arguments.seed, "set": arguments.set}
     keep(row | outcome(folder, front) | {"seconds": round(seconds, 1)})
 
 
@@ -114,10 +111,8 @@ def train(row: Row, folder: Path, arguments: argparse.Namespace) -> None:
 def outcome(folder: Path, front: ParetoFront) -> dict:
     """The trained point beside the recovered one that it started from."""
     evaluations = {e.trial: e for e in Record.open(folder).evaluations()}
-    trained = [e for e in evaluations.values() if e.is_trained][-1]
+    (trained,) = [e for e in evaluations.values() if e.is_trained]
     parent = evaluations[trained.parent]
-    while parent.is_trained:  # a trained point that was trained further
-        parent = evaluations[parent.parent]
     facts: dict = {}
     for name, point in (("recovered", parent), ("trained", trained)):
         facts[name] = measured(point, front)
