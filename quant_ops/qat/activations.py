@@ -135,7 +135,8 @@ class _FakeQuantize(torch.autograd.Function):
         by_x = torch.where(inside, wide, 0)
         by_zero = None
         if of.zero_point.requires_grad:
-            by_zero = -(wide.sum() - by_x.sum()) * scale / math.sqrt(ctx.n * max(1, high))
+            outside = torch.where(inside, 0, wide).sum()  # a difference of sums would cancel
+            by_zero = -outside * scale / math.sqrt(ctx.n * max(1, high))
         # outside the range the end of it, inside what rounding added
         if of._inside:
             slope = clipped.round_().sub_(torch.where(inside, at, 0))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cost_models.fpga.symbols import clamped_floor, tree, within
 from quant_ops.errors import EnvironmentFault
-from quant_ops.graph import Graph, Ref
+from quant_ops.graph import Graph
 from quant_ops.narrow import channel_of, narrowed
 from quant_ops.operators import implementation
 from quant_ops.program import (
@@ -22,7 +22,6 @@ from quant_ops.program import (
     Call,
     Combine,
     Concatenate,
-    Constant,
     Convolution,
     Input,
     IntegerProgram,
@@ -33,6 +32,7 @@ from quant_ops.program import (
 )
 from quant_ops.requantize import WIDE_LIMIT, Codes, Rescale
 from search.exporters.base import Refusal
+from search.exporters.plain_calls import plain, plain_call
 from search.exporters.ports import Port
 from search.exporters.wires import POOL, Wires, each, is_plain_pool, pooled
 
@@ -221,27 +221,14 @@ class _Walk:
         if step.op == POOL:
             return pooled(step, source)
         places = torch.arange(1, source.size + 1, dtype=torch.float64).reshape(source.shape)
-        moved = implementation(step.op)(places, *(self._plain(a) for a in step.args[1:]))
+        moved = implementation(step.op)(places, *(plain(a, self.values) for a in step.args[1:]))
         wires = np.append(source.reshape(-1), self._constant(0))
         if isinstance(moved, torch.Tensor):
             return wires[moved.long().numpy() - 1]
         return tuple(wires[part.long().numpy() - 1] for part in moved)
 
     def _call(self, step: Call) -> Any:
-        if step.op == "sym_size.int":
-            source, axis = step.args
-            assert isinstance(source, Ref)
-            return self._graph.nodes[source.index].shape[axis]  # type: ignore[index]
-        return implementation(step.op)(*(self._plain(a) for a in step.args))
-
-    def _plain(self, arg: Any) -> Any:
-        if isinstance(arg, Ref):
-            return self.values[arg.index]
-        if isinstance(arg, Constant):
-            return torch.from_numpy(arg.array)
-        if isinstance(arg, tuple):
-            return [self._plain(item) for item in arg]
-        return arg
+        return plain_call(step, self.values, self._graph)
 
     def _sources(self, step: Step) -> list[Wires]:
         return [self.values[number] for number in step.sources]

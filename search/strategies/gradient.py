@@ -86,7 +86,7 @@ class GradientStrategy(Strategy):
         others = [
             e
             for e in context.history()
-            if not e.recipe and e.strategy != self.name and e.size_bytes <= size
+            if not (e.recipe or e.pruned or e.strategy == self.name) and e.size_bytes <= size
         ]
         best = min(others, key=lambda e: (e.loss, e.size_bytes), default=None)
         return None if best is None else Point(best.candidate, trainable.traced.params)

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quant_ops.graph import Graph, Ref
+from quant_ops.graph import Graph
 from quant_ops.operators import implementation
 from quant_ops.program import (
     Average,
     Call,
     Combine,
-    Constant,
     Convolution,
     Input,
     IntegerProgram,
@@ -28,6 +27,7 @@ from search.exporters.hls.fixed import holding
 from search.exporters.hls.images import convolution, image, pooling
 from search.exporters.hls.network import Block, Inexpressible, Network, Value, Wiring
 from search.exporters.hls.rescaling import Stage
+from search.exporters.plain_calls import plain, plain_call
 from search.exporters.ports import Port
 from search.exporters.unrolled import COMPARING, MAX_PRODUCTS, RELU
 from search.exporters.wires import POOL, is_plain_pool
@@ -173,27 +173,14 @@ class _Walk:
         if step.op.startswith(COMPARING) or step.op == POOL or step.op == "getitem":
             raise Inexpressible(step.name, f"has no exact form ({step.op})")
         places = torch.from_numpy(source.places[None] + 1.0)
-        args = (self._plain(a) for a in step.args[1:])
+        args = (plain(a, self._values) for a in step.args[1:])
         moved = implementation(step.op)(places, *args)
         if not isinstance(moved, torch.Tensor) or bool((moved == 0).any()):
             raise Inexpressible(step.name, f"splits or pads ({step.op})")
         return replace(source, places=moved[0].long().numpy() - 1)
 
     def _call(self, step: Call) -> Any:
-        if step.op == "sym_size.int":
-            source, axis = step.args
-            assert isinstance(source, Ref)
-            return self._graph.nodes[source.index].shape[axis]  # type: ignore[index]
-        return implementation(step.op)(*(self._plain(a) for a in step.args))
-
-    def _plain(self, arg: Any) -> Any:
-        if isinstance(arg, Ref):
-            return self._values[arg.index]
-        if isinstance(arg, Constant):
-            return torch.from_numpy(arg.array)
-        if isinstance(arg, tuple):
-            return [self._plain(item) for item in arg]
-        return arg
+        return plain_call(step, self._values, self._graph)
 
     def _source(self, step: Step) -> Value:
         value = self._values[step.sources[0]]
