@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
@@ -147,15 +148,30 @@ def _add_curves(figure: go.Figure, front: ParetoFront) -> None:
     )
     figure.update_yaxes(ticksuffix=" %" if info.percent else "", row=1, col=2)
     sizes = [e.size_bytes for e in (*front.points, *front.baselines)]
-    for column in (1, 2):
-        _style_size_axis(figure, front, [*sizes, info.float_size_bytes], column)
+    whole = [*sizes, info.float_size_bytes]
+    for column, shown in ((1, sizes or whole), (2, whole)):
+        _style_size_axis(figure, front, shown, column)
+
+
+def size_ticks(sizes: Sequence[int]) -> list[int]:
+    """Round sizes for a logarithmic axis: 1, 2, 5 times powers of ten, closer on a short one.
+
+    >>> size_ticks([731, 800])
+    [720, 735, 750, 765, 780, 795, 810]
+    >>> size_ticks([900, 11_000])[:5]
+    [100, 200, 500, 1000, 2000]
+    """
+    smallest, largest = min(sizes), max(sizes)
+    if largest < 4 * smallest:
+        return sorted({round(tick) for tick in MaxNLocator(6).tick_values(smallest, largest)})
+    low, high = math.floor(math.log10(smallest)), math.ceil(math.log10(largest))
+    return [m * 10**power for power in range(low, high + 1) for m in (1, 2, 5)]
 
 
 def _style_size_axis(
     figure: go.Figure, front: ParetoFront, sizes: Sequence[int], column: int
 ) -> None:
-    low, high = math.floor(math.log10(min(sizes))), math.ceil(math.log10(max(sizes)))
-    ticks = [m * 10**power for power in range(low, high + 1) for m in (1, 2, 5)]
+    ticks = size_ticks([*sizes, *front.info.budgets.sizes])
     figure.update_xaxes(
         type="log", title="file size, header included", tickvals=ticks,
         ticktext=[format_size(tick).replace(".00", "") for tick in ticks], row=1, col=column,
