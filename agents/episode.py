@@ -31,6 +31,8 @@ LAYER_FIELDS = (
     "share",  # mean bits per weight that the importance of this layer earns it of them / 8
     "spent",  # estimated bytes of earlier layers / budget
     "ahead",  # share of the weights in this and later layers
+    "missing",  # share that has yet to be freed of limits that only pruning meets; 0 without any
+    "frees",  # share of them that this layer could free
     "last_sparsity",  # share of genes that the previous step pruned
     "last_width",  # mean width of its survivors / 8
 )
@@ -82,6 +84,7 @@ class Episodes:
         self._total_bits = 8 * (self.budgets - problem.size.fixed) / problem.n_weights
         self._gone = np.zeros((n, problem.size.n_components))
         self._spent = np.full(n, problem.size.fixed)
+        self._missing = np.full(n, float(problem.structure is not None))
         self._ahead = problem.n_weights
         self._last = (np.zeros(n), np.ones(n))
         self._at = -1
@@ -125,6 +128,8 @@ class Episodes:
             shares @ self.layer.weights / self.layer.n_weights / BITS,
             self._spent / self.budgets,
             self._ahead / self.problem.n_weights,
+            self._missing,
+            self._frees.sum(),
             self._last[0],
             self._last[1] / BITS,
         )
@@ -133,7 +138,8 @@ class Episodes:
         """The decisions that (n,) actions in [-1, 1] stand for; None prunes nothing, or is widest.
 
         Importance gives every channel a share of the bits that are left. Channels go whose share
-        is below 1/2 + 1.5 x sparsity bits, and the goal is the survivors' mean share x 2^width,
+        is below 1/2 + 1.5 x sparsity bits, those that limits besides bytes ask for as well
+        (their level lies as far below that at which the limits hold), and the goal is the survivors' mean share x 2^width,
         so that 0 everywhere follows the importance and spends the budget. Where widths are not
         decided, the share of channels that go is max(0, sparsity)^2 [He2018].
         """
@@ -143,8 +149,8 @@ class Episodes:
         if sparsities is not None and widths is None:
             n_pruned = np.rint(np.maximum(0.0, sparsities) ** 2 * layer.n_genes).astype(np.intp)
         elif sparsities is not None:
-            threshold = THRESHOLD + PRUNE_SPAN * np.asarray(sparsities, float)
-            n_pruned = (shares[:, layer.going] < threshold[:, None]).sum(axis=1)
+            above = PRUNE_SPAN * np.asarray(sparsities, float)
+            n_pruned = (self._margins(shares) < above[:, None]).sum(axis=1)
         n_pruned = np.minimum(n_pruned, layer.n_most)
         goals = np.full(self.n, layer.widths[-1])
         if widths is not None:
@@ -162,13 +168,12 @@ class Episodes:
         if thresholds:
             edges = np.full((self.n, len(layer.going) + 2), np.inf)
             edges[:, 0] = -np.inf
-            edges[:, 1:-1] = shares[:, layer.going]
-            # `going` is in order of importance, and so are shares
+            edges[:, 1:-1] = self._margins(shares)
             # the wall may have taken genes besides, whose removal frees nothing
             n_pruned = np.minimum(decisions.n_pruned, len(layer.going))
             low = edges[rows, n_pruned] + MARGIN
             high = np.maximum(low, edges[rows, n_pruned + 1] - MARGIN)
-            sparsity = (np.clip(THRESHOLD, low, high) - THRESHOLD) / PRUNE_SPAN
+            sparsity = np.clip(0.0, low, high) / PRUNE_SPAN
         else:
             share = np.sqrt(decisions.n_pruned / layer.n_genes)
             sparsity = np.where(decisions.n_pruned > 0, share, NO_PRUNING)
@@ -311,6 +316,25 @@ class Episodes:
         """(n, genes of the layer) bits that importance earns each gene of what is left."""
         return self.problem.shares(self._at, self.even_bits)
 
+    def _margins(self, shares: Floats) -> Floats:
+        """(n, genes that may leave) bits that each lies above its threshold, ascending."""
+        layer = self.layer
+        margins = shares[:, layer.going] - THRESHOLD
+        structure = self.problem.structure
+        if structure is not None:
+            levels = self.problem.structural_levels(self._at, self._missing)
+            own = structure.level[layer.start + layer.going]
+            margins = np.minimum(margins, own - levels[:, None])
+        return np.sort(margins, axis=1)
+
+    @property
+    def _frees(self) -> Floats:
+        """(genes of the layer,) shares freed of limits that only pruning meets."""
+        layer, structure = self.layer, self.problem.structure
+        if structure is None:
+            return np.zeros(layer.n_genes)
+        return structure.frees[layer.start : layer.start + layer.n_genes]
+
     def _even_goals(self, shares: Floats, n_pruned: Ints) -> Floats:
         """(n,) mean shares of the survivors, at least the narrowest width that keeps them."""
         layer = self.layer
@@ -344,9 +368,9 @@ class Episodes:
         size.count_zeros(terms, self.genomes, self._gone)
         self._spent = self._spent + size.layer_bytes(terms, self.genomes, self._gone)
         self._ahead -= layer.n_weights
-        self._last = shares_and_widths(
-            layer, self.genomes[:, layer.start : layer.start + layer.n_genes]
-        )
+        mine = self.genomes[:, layer.start : layer.start + layer.n_genes]
+        self._missing = self._missing - (mine == 0) @ self._frees
+        self._last = shares_and_widths(layer, mine)
 
 
 def mean_widths(layer: LayerFacts, positions: Ints, among: Mask) -> Floats:

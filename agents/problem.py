@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from agents.importance import SCORE_FLOOR, Importance, ties_of
 from agents.size_model import SizeModel
+from agents.structure import Ahead, Structure
 from quant_ops.errors import UsageError
 from quant_ops.graph import Graph, Layer
 from search.space import LayerChoice, SearchSpace
@@ -127,6 +128,7 @@ class Problem:
         size: the estimate.
         limits: smallest and largest budget in bytes.
         groups: rank groups that the channel controller acts on, per layer.
+        structure: limits that only pruning can meet; None where there are none.
     """
 
     space: SearchSpace
@@ -136,6 +138,7 @@ class Problem:
     size: SizeModel
     limits: tuple[float, float]
     groups: int
+    structure: Structure | None = None
 
     @classmethod
     def of(cls, context: Context, criterion: str, groups: int, *, tilt: float = 1.0) -> "Problem":
@@ -150,6 +153,7 @@ class Problem:
         return cls(
             space, importance, layers, steps, SizeModel(space, largest),
             (float(min(low, high)), float(high)), groups,
+            Structure.of(context, importance, prunable_genes(space)),
         )  # fmt: skip
 
     @cached_property
@@ -176,6 +180,16 @@ class Problem:
         """
         level = np.interp(mean_bits, self._means[at], LEVELS)
         return self.layers[at].clipped(level[:, None] + self.layers[at].prior)
+
+    def structural_levels(self, at: int, missing: Floats) -> Floats:
+        """(n,) levels under which genes of layer `at` and later ones go; see `Structure`."""
+        return self._ahead[at].level_for(missing)
+
+    @cached_property
+    def _ahead(self) -> tuple[Ahead, ...]:
+        if self.structure is None:
+            return ()
+        return tuple(Ahead.of(self.structure, layer.start) for layer in self.layers)
 
     @cached_property
     def _means(self) -> Floats:

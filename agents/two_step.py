@@ -57,11 +57,13 @@ class TwoStep(AgentStrategy):
         left = context.remaining().trials
         half = (UNLIMITED if left is None else left) // 2
         factor = WIDEST / self.settings.bits
+        names = problem.structure.costs if problem.structure is not None else ()
+        structural = {name: context.budgets[name] for name in names}
         pruner = self.pilot(context, self.scope)
         try:
             first = Campaign(
                 context, problem, pruner, Wall(problem, "channels"), self.settings,
-                goal_of=lambda b: Goal(b * factor, {"size_bytes": b * factor}),
+                goal_of=lambda b: Goal(b * factor, {**structural, "size_bytes": b * factor}),
             )  # fmt: skip
             first.run(self.name, half)
         finally:

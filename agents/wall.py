@@ -79,9 +79,12 @@ class Wall:
     def filled(self, genomes: Ints, budgets: Floats) -> Ints:
         """(n, genes) genomes at (n,) bytes by the estimate, or as near to them as they get.
 
-        What is over is taken away. What is left is spent, each step on the surviving gene whose
-        next width lies farthest below its prior; orders but "bits" leave it unspent.
+        What is over is taken away, of limits that only pruning meets first. What is left is
+        spent, each step on the surviving gene whose next width lies farthest below its prior;
+        orders but "bits" leave it unspent.
         """
+        if self._problem.structure is not None:
+            genomes = self._problem.structure.trimmed(genomes)
         over = self._problem.size.estimate(genomes) > budgets
         out = genomes.copy()
         if over.any():
@@ -105,12 +108,15 @@ class Wall:
     def lower(self, context: Context, genome: Ints, limits: Mapping[str, float]) -> tuple[int, ...]:
         """The genome inside every limit (cost name to limit); the smallest one if none fits."""
         space = self._problem.space
+        if self._problem.structure is not None:
+            genome = self._without_sets(context, genome, limits)
+            limits = {k: v for k, v in limits.items() if k not in self._problem.structure.costs}
         path = self._path(genome)
 
         def fits(n: int) -> bool:
             return within(limits, context.cost_of(space.decode(path.after(n).tolist())))
 
-        n = None
+        n = None if limits else 0
         if set(limits) == {"size_bytes"}:
             n = self._by_estimate(context, path, limits["size_bytes"])
         if n is None:
@@ -118,6 +124,21 @@ class Wall:
         if n is None:
             return space.encode(space.smallest())
         return tuple(path.after(n).tolist())
+
+    def _without_sets(self, context: Context, genome: Ints, limits: Mapping[str, float]) -> Ints:
+        """The genome with sets of channels removed until limits hold that only pruning meets."""
+        structure, space = self._problem.structure, self._problem.space
+        assert structure is not None
+        mine = {name: limits[name] for name in structure.costs if name in limits}
+        genome = np.asarray(genome, np.intp)
+        steps = [np.repeat(genes, genome[genes]) for genes in structure.sets]
+        path = Path.of(genome, [step for step in steps if len(step)])
+
+        def fits(n: int) -> bool:
+            return within(mine, context.cost_of(space.decode(path.after(n).tolist())))
+
+        n = _bisect(fits, path.n_steps)
+        return path.after(path.n_steps if n is None else n)
 
     def _by_estimate(self, context: Context, path: Path, limit: float) -> int | None:
         """How many steps it takes, by the estimate corrected with a few exact sizes."""

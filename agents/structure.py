@@ -1,0 +1,177 @@
+"""Limits that widths cannot meet, as multiply-accumulates: what removing channels frees of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.importance import SCORE_FLOOR, Importance, ties_of
+from search.space import SearchSpace
+from search.strategy import Context
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.intp]
+
+UNMOVED = 0.99  # a cost that keeps so much of itself at the narrowest widths only pruning lowers
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """Genes that leave together, and what that frees of the limits that only pruning can meet.
+
+    What is freed is counted as a share of what has to go, so that 1 meets the limits; several
+    limits count alike. It is exact for one set alone; of sets that share a product of channels
+    together it is a little too much.
+
+    Attributes:
+        costs: names of those limits.
+        sets: genes that leave together, those that lose least for what they free first.
+        levels: (sets,) half the binary logarithm of importance per share freed: bits, as priors.
+        level: (genes,) that of the gene's set; infinite for genes that free nothing.
+        frees: (genes,) share that the gene's set frees, divided among its genes.
+    """
+
+    costs: tuple[str, ...]
+    sets: tuple[Ints, ...]
+    levels: Floats
+    level: Floats
+    frees: Floats
+
+    @classmethod
+    def of(
+        cls, context: Context, importance: Importance, prunable: list[NDArray[np.bool_]]
+    ) -> "Structure | None":
+        """What the run's budgets ask for; None where widths can meet them or nothing is over."""
+        space = context.space
+        over = _over(context)
+        if not over:
+            return None
+        kept = set(np.flatnonzero(np.concatenate(prunable)).tolist()) - _last_ones(space, importance)
+        by_layers: dict[tuple[str, ...], set[frozenset[int]]] = {}
+        gene_of = _genes_of_channels(space)
+        for tie in ties_of(space.graph):
+            members = [member for member in tie.channels if member in gene_of]
+            genes = frozenset(gene_of[member] for member in members)
+            if tie.removable and genes and genes <= kept:
+                names = tuple(sorted({name for name, _ in members}))
+                by_layers.setdefault(names, set()).add(genes)
+        weight = np.concatenate(
+            [importance.genes[x.name] * importance.levels[x.name] for x in space.layers]
+        )
+        found: list[tuple[float, Ints, float]] = []
+        for alike in by_layers.values():
+            sets = [np.array(genes, np.intp) for genes in sorted(map(sorted, alike))]
+            freed = _freed(context, over, sets[: max(1, len(sets) // 2)])
+            if freed <= 0:
+                continue
+            for genes in sets:
+                worth = max(float(weight[genes].sum()), SCORE_FLOOR * float(weight.mean()))
+                found.append((0.5 * float(np.log2(worth / freed)), genes, freed))
+        found.sort(key=lambda one: (one[0], one[1].tolist()))
+        level = np.full(len(space.gene_widths), np.inf)
+        frees = np.zeros(len(space.gene_widths))
+        for bits, genes, freed in found:
+            level[genes] = bits
+            frees[genes] = freed / len(genes)
+        levels = np.array([one[0] for one in found])
+        return cls(tuple(over), tuple(one[1] for one in found), levels, level, frees)
+
+    def freed(self, genomes: Ints) -> Floats:
+        """(n,) shares that (n, genes) genomes free; positions of 0 are taken for 0 bits."""
+        return np.asarray((genomes == 0) @ self.frees)
+
+    def trimmed(self, genomes: Ints) -> Ints:
+        """(n, genes) genomes with sets removed, the least worth first, until nothing is over."""
+        missing = 1.0 - self.freed(genomes)
+        out = genomes.copy()
+        for row in np.flatnonzero(missing > 0):
+            gains = np.array([self.frees[g[out[row, g] > 0]].sum() for g in self.sets])
+            n = int(np.searchsorted(np.cumsum(gains), missing[row])) + 1
+            for genes in self.sets[:n]:
+                out[row, genes] = 0
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Ahead:
+    """At which level the genes of this and later layers have to go.
+
+    Attributes:
+        levels: ascending levels of the genes ahead that free something.
+        freed: what the genes up to each free together.
+    """
+
+    levels: Floats
+    freed: Floats
+
+    @classmethod
+    def of(cls, structure: Structure, start: int) -> "Ahead":
+        """For the genes from `start` on."""
+        order = np.argsort(structure.level[start:], kind="stable")
+        order = order[np.isfinite(structure.level[start:][order])]
+        return cls(
+            structure.level[start:][order], np.cumsum(structure.frees[start:][order])
+        )
+
+    def level_for(self, missing: Floats) -> Floats:
+        """(n,) levels under which genes go, so that they free the (n,) `missing` shares."""
+        if not len(self.levels):
+            return np.full(len(missing), -np.inf)
+        place = np.minimum(np.searchsorted(self.freed, missing), len(self.levels) - 1)
+        # the gene that completes the share goes as well
+        return np.where(missing > 0, np.nextafter(self.levels[place], np.inf), -np.inf)
+
+
+def _over(context: Context) -> dict[str, tuple[float, float]]:
+    """Cost name to (cost of the widest network, what has to go), of limits only pruning meets."""
+    names = [name for name in context.budgets if name != "size_bytes"]
+    if not names:
+        return {}
+    space = context.space
+    largest = context.cost_of(space.largest())
+    narrow = context.cost_of(space.decode(_narrowest(space)))
+    return {
+        name: (largest[name], largest[name] - context.budgets[name])
+        for name in names
+        if largest[name] > context.budgets[name] and narrow[name] > UNMOVED * largest[name]
+    }
+
+
+def _narrowest(space: SearchSpace) -> list[int]:
+    """Every gene at the narrowest width that keeps it."""
+    return [int(len(w) > 1 and w[0] == 0) for w in space.gene_widths]
+
+
+def _freed(
+    context: Context, over: Mapping[str, tuple[float, float]], sets: list[Ints]
+) -> float:
+    """What one of these sets frees in the mean, when they leave together."""
+    space = context.space
+    genome = np.array([len(w) - 1 for w in space.gene_widths], np.intp)
+    for genes in sets:
+        genome[genes] = 0
+    costs = context.cost_of(space.decode(genome.tolist()))
+    shares = [(full - costs[name]) / surplus for name, (full, surplus) in over.items()]
+    return float(np.mean(shares)) / len(sets)
+
+
+def _genes_of_channels(space: SearchSpace) -> dict[tuple[str, int], int]:
+    out, start = {}, 0
+    for choice in space.layers:
+        n = space.graph.layer_of[choice.name].out_channels
+        for gene, group in enumerate(choice.groups or (tuple(range(n)),)):
+            out.update({(choice.name, channel): start + gene for channel in group})
+        start += choice.n_genes
+    return out
+
+
+def _last_ones(space: SearchSpace, importance: Importance) -> set[int]:
+    """The most important gene of every layer that cannot vanish."""
+    out, start = set(), 0
+    for choice in space.layers:
+        if not choice.may_vanish or not choice.groups:
+            out.add(start + int(importance.order[choice.name][-1]))
+        start += choice.n_genes
+    return out
