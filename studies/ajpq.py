@@ -4,15 +4,16 @@
     python studies/ajpq.py --table [--task cifar10-resnet20] [--images 512] [--evaluations 200]
 
 Every cell (part, method, seed) is one run and one row of studies/rows/ajpq.jsonl; cells that have
-a row are skipped, a killed run is resumed. Cold: the method alone. Warm: after uniform widths,
-rate-distortion and channel allocation on one record; the gain is over that record. Budgets: one
-run that is asked for five sizes, against five runs of a fifth of the evaluations each. The own
-share is that of the search's time which is not spent on measuring candidates or channels.
+a row are skipped, a killed run is resumed. Cold: the method alone. Warm: on a copy of one record,
+of uniform widths, rate-distortion and channel allocation; the gain is over that record. Budgets:
+one run that is asked for five sizes, against five runs of a fifth of the evaluations each, all of
+them on copies of that record. The own share is that of the search's time which is not spent on measuring candidates or channels.
 """
 
 import argparse
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -94,18 +95,18 @@ def measure_cell(arguments: argparse.Namespace, part: str, method: str, seed: in
     budgets = BUDGETS[arguments.task]
     if part == "budgets":
         asked = [budgets] if method == "one run" else [(budget,) for budget in budgets]
-        shares = {**dict.fromkeys(COMMON, COMMON_EVALUATIONS), "ajpq": None}
+        method = "ajpq"
     else:
         asked = [budgets[-1:]]
-        shares = dict.fromkeys(COMMON if part == "warm" else (), COMMON_EVALUATIONS)
-        shares = {**shares, method: None}
     n = arguments.evaluations // len(asked)
     common: list[Evaluation] = []
     found: list[Evaluation] = []
     searching = measuring = 0.0
     for i, sizes in enumerate(asked):
         prepared = prepared_task(arguments, sizes, seed)
-        context, seconds = run(prepared, folder / str(i), shares, n)
+        if part != "cold":
+            copy_of_common(arguments, folder / str(i))
+        context, seconds = run(prepared, folder / str(i), {method: n})
         searching, measuring = searching + seconds, measuring + context.measuring
         for evaluation in context.history():
             (common if evaluation.strategy in COMMON else found).append(evaluation)
@@ -127,6 +128,22 @@ def measure_cell(arguments: argparse.Namespace, part: str, method: str, seed: in
     with ROWS.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print({k: v for k, v in row.items() if k not in ("front", "scale")}, flush=True)
+
+
+def copy_of_common(arguments: argparse.Namespace, folder: Path) -> None:
+    """The record of the common strategies, made once, in the place of a run's own."""
+    if folder.exists():
+        return
+    common = arguments.out / f"common-{arguments.task}-{arguments.images}"
+    finished = common / "finished"
+    if not finished.exists():
+        prepared = prepared_task(arguments, BUDGETS[arguments.task], seed=0)
+        run(prepared, common, dict.fromkeys(COMMON, COMMON_EVALUATIONS))
+        finished.touch()
+    partial = folder.with_name(folder.name + "-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(common, partial)
+    partial.rename(folder)
 
 
 def prepared_task(arguments: argparse.Namespace, budgets: tuple[str, ...], seed: int) -> Prepared:
@@ -172,9 +189,7 @@ class TimedContext(RunContext):
         return facts
 
 
-def run(
-    prepared: Prepared, folder: Path, shares: dict[str, int | None], evaluations: int
-) -> tuple[TimedContext, float]:
+def run(prepared: Prepared, folder: Path, shares: dict[str, int]) -> tuple[TimedContext, float]:
     """One strategy after the other on one record, without packing and checking a front.
 
     Gives the context, and the seconds that the last strategy took.
@@ -182,8 +197,7 @@ def run(
     Args:
         prepared: the task.
         folder: of the record; a record that is there is taken up.
-        shares: strategy to its evaluations at most; None is `evaluations`.
-        evaluations: see there.
+        shares: strategy to its evaluations at most.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config, asked = prepared.config, Budgets.parse(prepared.config.budgets)
@@ -209,7 +223,7 @@ def run(
     try:
         for name, share in shares.items():
             started = time.monotonic()
-            context.begin(name, Limits(evaluations if share is None else share, None))
+            context.begin(name, Limits(share, None))
             with contextlib.suppress(SearchOver):
                 make_strategy(name).run(context)
     finally:
