@@ -48,7 +48,9 @@ class Structure:
         over = _over(context)
         if not over:
             return None
-        kept = set(np.flatnonzero(np.concatenate(prunable)).tolist()) - _last_ones(space, importance)
+        kept = set(np.flatnonzero(np.concatenate(prunable)).tolist()) - _last_ones(
+            space, importance
+        )
         by_layers: dict[tuple[str, ...], set[frozenset[int]]] = {}
         gene_of = _genes_of_channels(space)
         for tie in ties_of(space.graph):
@@ -111,9 +113,7 @@ class Ahead:
         """For the genes from `start` on."""
         order = np.argsort(structure.level[start:], kind="stable")
         order = order[np.isfinite(structure.level[start:][order])]
-        return cls(
-            structure.level[start:][order], np.cumsum(structure.frees[start:][order])
-        )
+        return cls(structure.level[start:][order], np.cumsum(structure.frees[start:][order]))
 
     def level_for(self, missing: Floats) -> Floats:
         """(n,) levels under which genes go, so that they free the (n,) `missing` shares."""
@@ -144,9 +144,7 @@ def _narrowest(space: SearchSpace) -> list[int]:
     return [int(len(w) > 1 and w[0] == 0) for w in space.gene_widths]
 
 
-def _freed(
-    context: Context, over: Mapping[str, tuple[float, float]], sets: list[Ints]
-) -> float:
+def _freed(context: Context, over: Mapping[str, tuple[float, float]], sets: list[Ints]) -> float:
     """What one of these sets frees in the mean, when they leave together."""
     space = context.space
     genome = np.array([len(w) - 1 for w in space.gene_widths], np.intp)

@@ -9,6 +9,7 @@ from quant_ops.distill import DistillationSettings, distill, kl_loss, squared_lo
 from quant_ops.errors import UsageError
 from quant_ops.packed import PackedModel
 from quant_ops.quantized import QuantizedModel
+from quant_ops.reduced import Reduction
 from search.config import RunConfig, read_config, store_settings
 from search.context import Listener, RunContext
 from search.durations import format_duration
@@ -93,7 +94,7 @@ class Finetuning:
             raise UsageError("training needs a time or --set finetune.steps=N; give --finetune 30m")
         self._context.listener.on_phase("timing a few training steps")
         share = seconds / n_points
-        start = self._start_of(point)
+        start = self._reduction(self._start_of(point))
         steps = steps_within(share, lambda s: self._trainer(start, s), self._settings)
         steps = max(1, steps // n_parts) * n_parts  # any part then tells how many there are
         self._settings = replace(self._settings, steps=steps)
@@ -106,11 +107,12 @@ class Finetuning:
         checkpoint = self._checkpoint(point)
         log = self._context.run_folder / LOGS / f"{point.trial}.jsonl"
         model, settings = self._with_swaps(point)
-        trainer = self._trainer(model, settings, checkpoint=checkpoint, log=log)
+        reduction = self._reduction(model)
+        trainer = self._trainer(reduction, settings, checkpoint=checkpoint, log=log)
         network = trainer.run()
         if trainer.stopped:
             self._context.listener.on_phase(trainer.stopped)
-        model = self._ended(network.cpu().to_model())
+        model = self._ended(reduction.widened(network.cpu().to_model()))
         self._context.strategy = point.strategy
         evaluation = self._context.submit(model.candidate, model, recipe=RECIPE, parent=point.trial)
         facts = {"steps": trainer.done, "stopped": trainer.stopped, "log": log.name}
@@ -132,7 +134,8 @@ class Finetuning:
         whole = replace(whole, rate=whole.peak_rate)  # of parts it is the rate of all of it
         part = replace(whole, steps=steps, folded_share=0.0, average=0.0)
         for number, path in enumerate(self._parts(point), start=1):
-            trainer = self._trainer(model, part, checkpoint=path)
+            whole_model = Reduction(model, model, self._trainable.traced.params)
+            trainer = self._trainer(whole_model, part, checkpoint=path)
             network = trainer.run().cpu()
             if trainer.stopped:
                 self._context.listener.on_phase(trainer.stopped)
@@ -151,9 +154,13 @@ class Finetuning:
         folder = self._context.folder(RECIPE)
         return [folder / f"{point.trial}-{n}.safetensors" for n in range(self._settings.swaps)]
 
+    def _reduction(self, model: QuantizedModel) -> Reduction:
+        """What leaves the network is not trained either."""
+        return Reduction.of(model, self._trainable.traced.params)
+
     def _trainer(
         self,
-        start: QuantizedModel,
+        start: Reduction,
         settings: TrainingSettings,
         *,
         checkpoint: Path | None = None,
@@ -161,7 +168,7 @@ class Finetuning:
     ) -> Trainer:
         listener = self._context.listener
         return self._trainable.trainer(
-            self._trainable.network(start, settings),
+            self._trainable.network(start.model, settings, params=start.params),
             settings,
             checkpoint=checkpoint,
             log=log,

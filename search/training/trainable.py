@@ -127,13 +127,13 @@ class Trainable:
         """The network to train, with its norms back where the recipe wants them.
 
         Args:
-            start: widths, codes, ranges and biases to start from.
+            start: widths, codes, ranges and biases to start from; its graph is trained.
             settings: the recipe.
-            params: float parameters, if not those of the float network.
+            params: float parameters of that graph, if not those of the float network.
             quantizers: see `QuantizedNetwork`.
         """
         network = QuantizedNetwork(
-            self.traced.graph,
+            start.graph,
             self.traced.params if params is None else params,
             start,
             quantizers=quantizers,
