@@ -139,9 +139,10 @@ class Episodes:
 
         Importance gives every channel a share of the bits that are left. Channels go whose share
         is below 1/2 + 1.5 x sparsity bits, those that limits besides bytes ask for as well
-        (their level lies as far below that at which the limits hold), and the goal is the survivors' mean share x 2^width,
-        so that 0 everywhere follows the importance and spends the budget. Where widths are not
-        decided, the share of channels that go is max(0, sparsity)^2 [He2018].
+        (their level lies as far below that at which the limits hold), and the goal is the
+        survivors' mean share x 2^width, so that 0 everywhere follows the importance and spends the
+        budget. Where widths are not decided, the share of channels that go is
+        max(0, sparsity)^2 [He2018].
         """
         layer = self.layer
         n_pruned = np.zeros(self.n, np.intp)

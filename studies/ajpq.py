@@ -7,7 +7,8 @@ Every cell (part, method, seed) is one run and one row of studies/rows/ajpq.json
 a row are skipped, a killed run is resumed. Cold: the method alone. Warm: on a copy of one record,
 of uniform widths, rate-distortion and channel allocation; the gain is over that record. Budgets:
 one run that is asked for five sizes, against five runs of a fifth of the evaluations each, all of
-them on copies of that record. The own share is that of the search's time which is not spent on measuring candidates or channels.
+them on copies of that record. The own share is that of the search's time which is not spent on
+measuring candidates or channels.
 """
 
 import argparse

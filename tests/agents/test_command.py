@@ -54,6 +54,23 @@ def test_some_models_of_the_front_really_have_fewer_channels(finished):
     assert min(macs) < max(macs)
 
 
+def test_in_fixed_mode_a_limit_on_operations_is_met_by_channels_that_matter_least_for_it(
+    finished, runs, search_call, tiny
+):
+    whole = max(e.costs["macs"] for e in Record.open(finished).evaluations())
+    folder = runs / "operations"
+    answer = search_call(
+        "run", "--task", tiny("cnn"), "--strategy", "ajpq", "--bits", "0,8",
+        "--budget", f"macs={0.7 * whole:.0f}", "--trials", 12, "--search-samples", 64,
+        "--probe-samples", 32, "--out", folder, "--threads", 1, "--json", *FAST,
+    )  # fmt: skip
+    assert answer.code == 0, answer.stderr
+    found = [e for e in Record.open(folder).evaluations() if e.strategy == "ajpq"]
+    assert found
+    assert all(e.costs["macs"] <= 0.7 * whole for e in found)
+    assert {b for e in found for _, q in e.candidate.layers for b in q.bit_widths} == {0, 8}
+
+
 def test_a_run_keeps_its_controllers_and_its_ranking(finished):
     folder = finished / "checkpoints" / "agents"
     assert (folder / "ajpq-policy" / DESCRIPTION).exists()
