@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,12 +88,18 @@ class Structure:
         """(n, genes) genomes with sets removed, the least worth first, until nothing is over."""
         missing = 1.0 - self.freed(genomes)
         out = genomes.copy()
-        for row in np.flatnonzero(missing > 0):
-            gains = np.array([self.frees[g[out[row, g] > 0]].sum() for g in self.sets])
-            n = int(np.searchsorted(np.cumsum(gains), missing[row])) + 1
-            for genes in self.sets[:n]:
-                out[row, genes] = 0
+        genes, ends = self._in_order
+        for row in np.flatnonzero(missing > 0) if len(genes) else ():
+            gains = np.cumsum(self.frees[genes] * (out[row, genes] > 0))
+            n = int(np.searchsorted(gains[ends - 1], missing[row]))
+            out[row, genes[: ends[min(n, len(ends) - 1)]]] = 0
         return out
+
+    @cached_property
+    def _in_order(self) -> tuple[Ints, Ints]:
+        """The genes of one set after the other, and where each ends."""
+        genes = np.concatenate([np.zeros(0, np.intp), *self.sets]).astype(np.intp)
+        return genes, np.cumsum([len(one) for one in self.sets])
 
 
 @dataclass(frozen=True, eq=False)

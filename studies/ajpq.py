@@ -39,6 +39,10 @@ from search.tasks.table import load_task
 
 SEEDS = (0, 1, 2, 3, 4)
 METHODS = ("ajpq", "haq", "two-step", "nsga2", "local-search", "random")
+ABLATIONS = {
+    "ajpq, nothing learned": ("ajpq", {"steps": "0"}),
+    "ajpq, layers alike at first": ("ajpq", {"tilt": "0"}),
+}
 COMMON = ("uniform", "rate-distortion", "channel-allocation")  # the record of the warm runs
 EVALUATIONS = 200  # of the method; those of the common record come on top
 COMMON_EVALUATIONS = 60  # at most, of each common strategy
@@ -58,7 +62,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--task", default="cifar10-resnet20", choices=BUDGETS)
     parser.add_argument("--part", choices=("cold", "warm", "budgets"))
-    parser.add_argument("--method", choices=METHODS)
+    parser.add_argument("--method", choices=(*METHODS, *ABLATIONS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS)
     parser.add_argument("--images", type=int, default=IMAGES)
@@ -68,8 +72,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        same = {k: getattr(arguments, k) for k in ("task", "evaluations", "images")}
-        print_tables([r for r in read_rows() if all(r[k] == v for k, v in same.items())])
+        names = ("task", "evaluations", "images", "workers")
+        same = {name: getattr(arguments, name) for name in names}
+        print_tables([r for r in read_rows() if all(r.get(k, 0) == v for k, v in same.items())])
         return
     for seed in SEEDS[: arguments.seeds]:
         for part in (arguments.part,) if arguments.part else ("cold", "warm", "budgets"):
@@ -88,17 +93,19 @@ def measure_cell(arguments: argparse.Namespace, part: str, method: str, seed: in
     keys = {
         "task": arguments.task, "part": part, "method": method, "seed": seed,
         "evaluations": arguments.evaluations, "images": arguments.images,
+        "workers": arguments.workers,
     }  # fmt: skip
-    if any(all(row.get(k) == v for k, v in keys.items()) for row in read_rows()):
+    if any(all(row.get(k, 0) == v for k, v in keys.items()) for row in read_rows()):
         return
     folder = arguments.out / "-".join(str(v) for v in keys.values()).replace(" ", "-")
     started = time.monotonic()
     budgets = BUDGETS[arguments.task]
     if part == "budgets":
         asked = [budgets] if method == "one run" else [(budget,) for budget in budgets]
-        method = "ajpq"
+        strategy, settings = "ajpq", {}
     else:
         asked = [budgets[-1:]]
+        strategy, settings = ABLATIONS.get(method, (method, {}))
     n = arguments.evaluations // len(asked)
     common: list[Evaluation] = []
     found: list[Evaluation] = []
@@ -107,7 +114,7 @@ def measure_cell(arguments: argparse.Namespace, part: str, method: str, seed: in
         prepared = prepared_task(arguments, sizes, seed)
         if part != "cold":
             copy_of_common(arguments, folder / str(i))
-        context, seconds = run(prepared, folder / str(i), {method: n})
+        context, seconds = run(prepared, folder / str(i), {strategy: n}, settings)
         searching, measuring = searching + seconds, measuring + context.measuring
         for evaluation in context.history():
             (common if evaluation.strategy in COMMON else found).append(evaluation)
@@ -190,7 +197,12 @@ class TimedContext(RunContext):
         return facts
 
 
-def run(prepared: Prepared, folder: Path, shares: dict[str, int]) -> tuple[TimedContext, float]:
+def run(
+    prepared: Prepared,
+    folder: Path,
+    shares: Mapping[str, int],
+    settings: Mapping[str, str] | None = None,
+) -> tuple[TimedContext, float]:
     """One strategy after the other on one record, without packing and checking a front.
 
     Gives the context, and the seconds that the last strategy took.
@@ -199,6 +211,7 @@ def run(prepared: Prepared, folder: Path, shares: dict[str, int]) -> tuple[Timed
         prepared: the task.
         folder: of the record; a record that is there is taken up.
         shares: strategy to its evaluations at most.
+        settings: of those strategies.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config, asked = prepared.config, Budgets.parse(prepared.config.budgets)
@@ -230,7 +243,7 @@ def run(prepared: Prepared, folder: Path, shares: dict[str, int]) -> tuple[Timed
             started = time.monotonic()
             context.begin(name, Limits(share, None))
             with contextlib.suppress(SearchOver):
-                make_strategy(name).run(context)
+                make_strategy(name, settings).run(context)
     finally:
         runner.close()
     return context, time.monotonic() - started
