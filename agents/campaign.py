@@ -9,8 +9,9 @@ import numpy as np
 from agents.controllers import seeded
 from agents.ensemble import Ensemble, Law
 from agents.episode import Mask
+from agents.layer_facts import Floats
 from agents.pilot import Ask, Pilot, RollOut
-from agents.problem import Floats, Problem
+from agents.problem import Problem
 from agents.reward import REFERENCES, Baseline
 from agents.wall import Wall
 from quant_ops.candidate import Candidate

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from agents.problem import Ints, Problem
+from agents.layer_facts import Ints
+from agents.problem import Problem
 from agents.reward import FLOOR
 from search.strategies.channel_allocation import group_tables
 from search.strategies.distortion import measure_table

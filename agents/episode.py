@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.importance import SCORE_FLOOR
-from agents.problem import STATIC_FIELDS, Floats, Ints, LayerFacts, Problem
+from agents.layer_facts import STATIC_FIELDS, Floats, Ints, LayerFacts
+from agents.problem import Problem
 
 Rows = NDArray[np.float32]
 Mask = NDArray[np.bool_]

@@ -15,7 +15,8 @@ from agents.episode import (
     Rows,
     shares_and_widths,
 )
-from agents.problem import Floats, Ints, Problem
+from agents.layer_facts import Floats, Ints
+from agents.problem import Problem
 from agents.retrace import Trace, retrace
 
 FOLLOWED_CHANGES = 0.15  # share of the layers at which an episode leaves the trial it follows

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.episode import Episodes, LayerDecisions, Mask, Rows, shares_and_widths
-from agents.problem import Floats, Ints, Problem
+from agents.layer_facts import Floats, Ints
+from agents.problem import Problem
 
 GOAL_WEIGHT = 0.5  # of a missed goal, per bit of the layer's mean width, in units of the reward
 

@@ -48,37 +48,27 @@ class Structure:
         over = _over(context)
         if not over:
             return None
-        kept = set(np.flatnonzero(np.concatenate(prunable)).tolist()) - _last_ones(
-            space, importance
-        )
-        by_layers: dict[tuple[str, ...], set[frozenset[int]]] = {}
-        gene_of = _genes_of_channels(space)
-        for tie in ties_of(space.graph):
-            members = [member for member in tie.channels if member in gene_of]
-            genes = frozenset(gene_of[member] for member in members)
-            if tie.removable and genes and genes <= kept:
-                names = tuple(sorted({name for name, _ in members}))
-                by_layers.setdefault(names, set()).add(genes)
         weight = np.concatenate(
             [importance.genes[x.name] * importance.levels[x.name] for x in space.layers]
         )
-        found: list[tuple[float, Ints, float]] = []
-        for alike in by_layers.values():
-            sets = [np.array(genes, np.intp) for genes in sorted(map(sorted, alike))]
-            freed = _freed(context, over, sets[: max(1, len(sets) // 2)])
-            if freed <= 0:
-                continue
-            for genes in sets:
-                worth = max(float(weight[genes].sum()), SCORE_FLOOR * float(weight.mean()))
-                found.append((0.5 * float(np.log2(worth / freed)), genes, freed))
-        found.sort(key=lambda one: (one[0], one[1].tolist()))
+        floor = SCORE_FLOOR * float(weight.mean())
+        found: list[tuple[float, list[int], float]] = []
+        for alike in _sets_by_layers(space, importance, prunable):
+            freed = _freed(context, over, alike[: max(1, len(alike) // 2)])
+            if freed > 0:
+                worths = [max(float(weight[genes].sum()), floor) for genes in alike]
+                found += [
+                    (0.5 * float(np.log2(worth / freed)), genes, freed)
+                    for worth, genes in zip(worths, alike, strict=True)
+                ]
+        found.sort()
         level = np.full(len(space.gene_widths), np.inf)
         frees = np.zeros(len(space.gene_widths))
         for bits, genes, freed in found:
             level[genes] = bits
             frees[genes] = freed / len(genes)
-        levels = np.array([one[0] for one in found])
-        return cls(tuple(over), tuple(one[1] for one in found), levels, level, frees)
+        sets = tuple(np.array(genes, np.intp) for _, genes, _ in found)
+        return cls(tuple(over), sets, np.array([bits for bits, _, _ in found]), level, frees)
 
     def freed(self, genomes: Ints) -> Floats:
         """(n,) shares that (n, genes) genomes free; positions of 0 are taken for 0 bits."""
@@ -128,6 +118,22 @@ class Ahead:
         place = np.minimum(np.searchsorted(self.freed, missing), len(self.levels) - 1)
         # the gene that completes the share goes as well
         return np.where(missing > 0, np.nextafter(self.levels[place], np.inf), -np.inf)
+
+
+def _sets_by_layers(
+    space: SearchSpace, importance: Importance, prunable: list[NDArray[np.bool_]]
+) -> list[list[list[int]]]:
+    """Genes that leave together, those of the same layers side by side."""
+    may = set(np.flatnonzero(np.concatenate(prunable)).tolist()) - _last_ones(space, importance)
+    gene_of = _genes_of_channels(space)
+    found: dict[tuple[str, ...], set[frozenset[int]]] = {}
+    for tie in ties_of(space.graph):
+        members = [member for member in tie.channels if member in gene_of]
+        genes = frozenset(gene_of[member] for member in members)
+        if tie.removable and genes and genes <= may:
+            names = tuple(sorted({name for name, _ in members}))
+            found.setdefault(names, set()).add(genes)
+    return [sorted(map(sorted, sets)) for sets in found.values()]
 
 
 def _over(context: Context) -> dict[str, tuple[float, float]]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.problem import Floats, Ints, Problem
+from agents.layer_facts import Floats, Ints
+from agents.problem import Problem
 from search.evaluation import within
 from search.strategy import Context
 

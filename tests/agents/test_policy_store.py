@@ -49,7 +49,7 @@ def test_a_policy_of_another_layout_is_refused_in_one_sentence(saved):
     content["layout"]["layer observation"].remove("budget")
     (folder / DESCRIPTION).write_text(json.dumps(content))
     message = (
-        "has another layout: its layer observation has 18 fields, this strategy's has 19 "
+        "has another layout: its layer observation has 20 fields, this strategy's has 21 "
         "(it lacks budget)"
     )
     with pytest.raises(UsageError, match=re.escape(message)):
