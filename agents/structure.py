@@ -156,7 +156,9 @@ def _narrowest(space: SearchSpace) -> list[int]:
     return [int(len(w) > 1 and w[0] == 0) for w in space.gene_widths]
 
 
-def _freed(context: Context, over: Mapping[str, tuple[float, float]], sets: list[Ints]) -> float:
+def _freed(
+    context: Context, over: Mapping[str, tuple[float, float]], sets: list[list[int]]
+) -> float:
     """What one of these sets frees in the mean, when they leave together."""
     space = context.space
     genome = np.array([len(w) - 1 for w in space.gene_widths], np.intp)
