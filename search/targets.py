@@ -91,6 +91,14 @@ TARGETS: dict[str, TargetCapabilities] = {
             integer_only=True,
             exporter="verilog",
         ),
+        TargetCapabilities(
+            "hls",
+            "an hls4ml project: integers only, a width for every channel",
+            {"*": BIT_WIDTHS},
+            activation_bits=NARROW,
+            integer_only=True,
+            exporter="hls",
+        ),
     )
 }
 

@@ -19,7 +19,8 @@ def clamped_floor(rescale: NarrowRescale, wires: Sequence[Any]) -> Any:
     value = reduce(lambda a, b: a + b, products, rescale.offset * unit)
     if isinstance(value, float):  # nothing is left but the constant
         nothing = [np.zeros((), np.int64)] * len(wires)
-        return wires[0].from_const(float(rescale(*nothing)), wires[0].hwconf)
+        value = float(rescale(*nothing)) - rescale.zero_point
+        return wires[0].from_const(value, wires[0].hwconf)
     reach = max(-value.low, value.high + 1, 1)
     floored = value.quantize(1, int(reach).bit_length(), 0, "WRAP", "TRN")
     low, high = rescale.low - rescale.zero_point, rescale.high - rescale.zero_point

@@ -9,6 +9,8 @@ from quant_ops.graph import Graph, Ref
 from quant_ops.operators import implementation
 from quant_ops.program import Call, Constant
 
+SORTING = frozenset({"topk.default"})  # they pass values on, and which ones follows from the values
+
 
 def plain_call(step: Call, values: Mapping[int, Any], graph: Graph) -> Any:
     """The value of a step between the logic; sizes are those of one sample."""

@@ -45,6 +45,7 @@ from search.exporters.c.network import (
 from search.exporters.c.pools import windows_of_maximum
 from search.exporters.c.reduced import ReducedProgram
 from search.exporters.c.weights import pack_rows
+from search.exporters.plain_calls import SORTING
 
 _AS_SHAPES = frozenset({"expand_as.default", "view_as.default"})
 
@@ -366,6 +367,8 @@ class _Translation:
                 item, found.kind, source, dict(found.windows), dict(found.steps), found.counts
             )
             return target if found.keeps else _without_axes(target, sorted(found.windows))
+        if step.op in SORTING:
+            raise refusal(item.name, f"it sorts values ({step.op})", "use --to torch")
         numbers = np.arange(1, source.n + 1).reshape(source.lies)
         numbers = numbers.transpose(np.argsort(source.order)).astype(np.float64)
         wide = torch.from_numpy(np.ascontiguousarray(numbers))[None]

@@ -135,6 +135,9 @@ A type `fixed<width,integer bits,TRN,SAT>` rounds down and saturates: this is ho
 |---|---|---|---|
 {rows}
 
-`firmware/nnet_utils/`, `firmware/ap_types/` and the scripts are parts of hls4ml (Apache-2.0,
-https://github.com/fastmachinelearning/hls4ml), which also wrote `firmware/network.cpp`.
+A `Gather` is wires (`nnet_gather.h`): each integer it writes is one that it reads, or 0.
+
+`firmware/nnet_utils/` but `nnet_gather.h`, `firmware/ap_types/` and the scripts are parts of hls4ml
+(Apache-2.0, https://github.com/fastmachinelearning/hls4ml), which also wrote the code in
+`firmware/network.cpp`.
 """

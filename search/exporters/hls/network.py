@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from quant_ops.requantize import Integers
 from search.exporters.base import Refusal
 from search.exporters.hls.fixed import Fixed
 from search.exporters.ports import Port
+
+HOLE = -1  # in places: no element of a block, but 0
 
 
 class Inexpressible(Exception):
@@ -46,7 +50,8 @@ class Value:
     Attributes:
         block: its name.
         shape: as hls4ml has it: (n,) or (height, width, channels).
-        places: of the graph's shape; position in the flat array of each element.
+        places: of the graph's shape; position in the flat array of each element, or HOLE. What only
+            moves codes changes places alone; a layer of wires follows where a reader needs them.
         low, high: (shape[-1],) what can occur in each lane.
     """
 
@@ -55,6 +60,11 @@ class Value:
     places: Integers
     low: Integers
     high: Integers
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each integer of the block is one element, so that all can be computed with."""
+        return np.array_equal(np.sort(self.places, axis=None), np.arange(np.prod(self.shape)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quant_ops.errors import EnvironmentFault
+from search.exporters.hls.gather import register_gather
 from search.exporters.hls.network import Block, Network
 
 VERSION = "1.3.0"
@@ -51,6 +52,7 @@ def write_project(network: Network, path: Path) -> None:
         from hls4ml.backends import get_backend
         from hls4ml.model.graph import ModelGraph
 
+        register_gather(BACKEND)
         folder = Path(scratch) / TOP
         config = get_backend(BACKEND).create_initial_config(
             part=PART, clock_period=CLOCK_NS, io_type="io_parallel", write_weights_txt=False

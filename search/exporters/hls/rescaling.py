@@ -8,6 +8,7 @@ one is 0.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from search.exporters.hls.network import Inexpressible
 
 Reach = tuple[Integers, Integers]
 """Smallest and largest value of each lane."""
+Lane = tuple[NarrowRescale, tuple[int, int]]
+"""The rescaling of one lane, and the smallest and largest value before its clamp."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +77,14 @@ def lanes_of(rescale: Rescale, channels: Integers, sources: Sequence[Reach], whe
     Raises:
         Inexpressible: a constant has more digits than a literal of C++ holds.
     """
-    found = [_lane(rescale, int(c), sources, lane) for lane, c in enumerate(channels)]
+    known: dict[tuple[int, ...], Lane] = {}  # many lanes of an image that was flattened are equal
+    found = []
+    for lane, channel in enumerate(channels.tolist()):
+        ends = [(int(low[lane]), int(high[lane])) for low, high in sources]
+        key = (channel, *chain(*ends))
+        if key not in known:
+            known[key] = _lane(rescale, channel, ends)
+        found.append(known[key])
     narrow, reaches = zip(*found, strict=True)
     if any(int(float(n.offset)) != n.offset for n in narrow):
         raise Inexpressible(where, "has an offset of more than 53 binary digits")
@@ -89,10 +99,7 @@ def lanes_of(rescale: Rescale, channels: Integers, sources: Sequence[Reach], whe
     )
 
 
-def _lane(
-    rescale: Rescale, channel: int, sources: Sequence[Reach], lane: int
-) -> tuple[NarrowRescale, tuple[int, int]]:
-    reaches = [(int(low[lane]), int(high[lane])) for low, high in sources]
+def _lane(rescale: Rescale, channel: int, reaches: Sequence[tuple[int, int]]) -> Lane:
     narrow = narrowed(channel_of(rescale, channel), *reaches)
     pairs = zip(narrow.multipliers, reaches, strict=True)
     ends = [sorted((m * low, m * high)) for m, (low, high) in pairs]

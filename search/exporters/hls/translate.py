@@ -6,31 +6,36 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from quant_ops.edges import SPLITTING
 from quant_ops.graph import Graph
 from quant_ops.operators import implementation
 from quant_ops.program import (
     Average,
     Call,
     Combine,
+    Concatenate,
     Convolution,
     Input,
     IntegerProgram,
     MatMul,
     Move,
+    Multiply,
     Step,
 )
 from quant_ops.requantize import WIDE_LIMIT, Codes, Rescale
-from search.exporters.hls.builder import Builder
+from search.exporters.c.pools import Extreme, windows_of_maximum
+from search.exporters.hls.builder import SPATIAL, Builder, flat, image
 from search.exporters.hls.fixed import holding
-from search.exporters.hls.images import convolution, image, pooling
+from search.exporters.hls.images import convolution, maxima, pointwise, pooling, window_sums
 from search.exporters.hls.network import Block, Inexpressible, Network, Value, Wiring
 from search.exporters.hls.rescaling import Stage
-from search.exporters.plain_calls import plain, plain_call
+from search.exporters.plain_calls import SORTING, plain, plain_call
 from search.exporters.ports import Port
-from search.exporters.unrolled import COMPARING, MAX_PRODUCTS, RELU
-from search.exporters.wires import POOL, is_plain_pool
+from search.exporters.unrolled import RELU
+from search.exporters.wires import POOL, is_plain_pool, pair
+
+AS_SHAPED = ("expand_as.", "view_as.")  # they ask a value for its shape alone
 
 
 def translate(program: IntegerProgram, graph: Graph) -> Network:
@@ -63,6 +68,8 @@ class _Walk:
             Convolution: self._convolution,
             MatMul: self._matmul,
             Combine: self._combine,
+            Multiply: self._multiply,
+            Concatenate: self._concatenate,
             Average: self._average,
             Move: self._move,
             Call: self._call,
@@ -72,119 +79,162 @@ class _Walk:
         """Append what a step needs."""
         form = self._forms.get(type(step))
         if form is None:
-            raise Inexpressible(step.name, f"has no exact form ({type(step).__name__.lower()})")
+            reason = f"has no exact form ({type(step).__name__.lower()})"
+            raise Inexpressible(step.name, reason, "export it to ONNX")
         self._values[step.out] = form(step)
 
     def output(self, number: int) -> tuple[str, Wiring]:
         """A block of its own for a network output, and what its integers mean."""
-        value, codes = self._values[number], _known(self._program.codes[number])
-        if not np.array_equal(np.sort(value.places, axis=None), np.arange(np.prod(value.shape))):
-            raise Inexpressible(f"output {number}", "leaves only a part of a value")
+        value, codes = self._value(number, f"output {number}"), _known(self._program.codes[number])
+        if not value.is_whole:
+            value = self.builder.flattened(value, f"output {number}")
         rescale = self._sums.get(number)
         zero_point = codes.zero_point if rescale is None else 0
         last = self._shifted(value, zero_point, f"output{number}", "")
         return last.block, Wiring(Port(codes, value.places.shape, rescale), value.places)
 
-    def _input(self, step: Input) -> Value:
-        codes, node = _known(step.codes), self._graph.nodes[step.out]
-        shape, places = laid = image(node.shape[1:])
+    def _input(self, step: Input) -> Value | None:
+        if step.codes is None:
+            return None  # numbers that are no codes: what reads them is refused
+        codes, sizes = step.codes, self._shape(step)
+        shape, places = laid = image(sizes)
         name = f"input{step.out}"
         attributes = {"input_shape": list(shape)}
         precision = {"result": holding(codes.low, codes.high)}
         low, high = (np.full(shape[-1], limit, np.int64) for limit in (codes.low, codes.high))
         block = Block(name, "InputLayer", (), precision, attributes, step.name)
         value = self.builder.append(block, laid, low, high)
-        self.inputs.append((name, Wiring(Port(codes, node.shape[1:]), places)))
+        self.inputs.append((name, Wiring(Port(codes, sizes), places)))
         if codes.zero_point:
             value = self._shifted(value, -codes.zero_point, f"centred{step.out}", step.name)
         return value
 
     def _matmul(self, step: MatMul) -> Value:
-        source = self._source(step)
-        if source.places.size != step.weights.shape[1]:
-            raise Inexpressible(step.name, "is applied to several positions")
-        shape = self._graph.nodes[step.out].shape[1:]
-        sums = self._dense(step, source, step.weights.T.astype(np.float64), shape)
+        source, weights = self._source(step), step.weights.T.astype(np.float64)
+        shape = self._shape(step)
+        n_in, n_out = weights.shape
+        if source.places.size == n_in:
+            source = self.builder.flattened(source, step.name)
+            lying = np.zeros_like(weights)
+            lying[source.places.reshape(-1)] = weights
+            attributes = {"n_in": n_in, "n_out": n_out, "weight_data": lying}
+            block = (f"sums{step.out}", "Dense", step.name)
+            sums = self.builder.linear(source, block, lying, attributes, flat(shape))
+        else:
+            positions = source.places.size // n_in
+            rows = (1, positions, n_in), flat(source.places.shape)[1]
+            source = self.builder.laid(source, rows, step.name)
+            sums = pointwise(self.builder, step, source, weights, flat(shape)[1])
         return self._rescaled(step, step.rescale, sums)
 
     def _average(self, step: Average) -> Value:
-        """Sums over windows are a dense layer of zeros and ones."""
-        source = self._source(step)
-        n = source.places.size
-        if n**2 > MAX_PRODUCTS * 16:
-            raise Inexpressible(step.name, f"averages {n:,} values, too many to lay out")
-        ones = np.eye(n).reshape(n, *source.places.shape)
-        for axis, (start, end) in zip(step.axes, step.windows, strict=True):
-            moved = np.moveaxis(ones, axis, 0)
-            sums = [moved[a:b].sum(axis=0) for a, b in zip(start, end, strict=True)]
-            ones = np.moveaxis(np.stack(sums), 0, axis)
+        spans = {axis - 1: span for axis, span in zip(step.axes, step.windows, strict=True)}
+        sums = window_sums(self.builder, step, self._source(step), spans, dict.fromkeys(spans, 1))
         if not step.keep_axes:
-            ones = ones.squeeze(step.axes)
-        value = self._dense(step, source, ones.reshape(n, -1), ones.shape[1:])
-        return self._rescaled(step, step.rescale, value)
-
-    def _dense(
-        self, step: Step, source: Value, weights: NDArray[np.float64], shape: tuple[int, ...]
-    ) -> Value:
-        """Weights (elements of the source, outputs), both in the graph's order."""
-        source = self._flat(source, f"flat{step.out}", step.name)
-        laid = np.zeros((source.shape[0], weights.shape[1]))
-        laid[source.places.reshape(-1)] = weights
-        attributes = {"n_in": laid.shape[0], "n_out": laid.shape[1], "weight_data": laid}
-        block = (f"sums{step.out}", "Dense", step.name)
-        places = np.arange(laid.shape[1]).reshape(shape)
-        return self.builder.linear(source, block, laid, attributes, ((places.size,), places))
-
-    def _flat(self, source: Value, name: str, origin: str) -> Value:
-        """hls4ml would make a convolution of a dense layer on an image."""
-        if len(source.shape) == 1:
-            return source
-        n = int(np.prod(source.shape))
-        low, high = np.resize(source.low, n), np.resize(source.high, n)
-        precision = {"result": holding(int(low.min()), int(high.max()))}
-        attributes = {"target_shape": [n]}
-        block = Block(name, "Reshape", (source.block,), precision, attributes, origin)
-        return self.builder.append(block, ((n,), source.places), low, high)
+            sums = replace(sums, places=sums.places.squeeze(tuple(spans)))
+        return self._rescaled(step, step.rescale, sums)
 
     def _convolution(self, step: Convolution) -> Value:
-        source, shape = self._source(step), self._graph.nodes[step.out].shape[1:]
-        return self._rescaled(step, step.rescale, convolution(self.builder, step, source, shape))
+        sums = convolution(self.builder, step, self._source(step), self._shape(step))
+        return self._rescaled(step, step.rescale, sums)
 
     def _combine(self, step: Combine) -> Value:
-        sources: list[Value] = [self._values[number] for number in step.sources]
-        if len(sources) > 2:
-            raise Inexpressible(step.name, "adds more than two values")
-        first, last = sources[0], sources[-1]
-        if first.shape != last.shape or not np.array_equal(first.places, last.places):
-            raise Inexpressible(step.name, "adds values that lie in different orders")
-        return self.builder.rescaled(step.rescale, sources, f"codes{step.out}", step.name)
+        return self._codes(step, step.rescale, [self._value(s, step.name) for s in step.sources])
+
+    def _multiply(self, step: Multiply) -> Value:
+        sources = [self._value(s, step.name) for s in step.sources]
+        sources = self.builder.alike(sources, self._shape(step), step.name)
+        product = self.builder.product(sources, f"product{step.out}", step.name)
+        return self._rescaled(step, step.rescale, product)
+
+    def _concatenate(self, step: Concatenate) -> Value:
+        parts = []
+        for number, (source, rescale) in enumerate(zip(step.sources, step.rescales, strict=True)):
+            value, name = self._value(source, step.name), f"codes{step.out}p{number}"
+            parts.append(
+                self.builder.rescaled(rescale, [value], value.places.shape, name, step.name)
+            )
+        return self.builder.joined(parts, step.axis - 1, f"joined{step.out}", step.name)
 
     def _move(self, step: Move) -> Any:
-        source: Value = self._source(step)
-        name = f"moved{step.out}"
+        if step.op == "getitem":
+            part = self._values[step.sources[0]][step.args[1]]
+            if part is None:
+                reason = "needs the places of the largest values"
+                raise Inexpressible(step.name, reason, "export it to torch")
+            return part
+        source = self._source(step)
         if step.op in RELU:
-            low, high = np.maximum(source.low, 0), np.maximum(source.high, 0)
-            result = replace(holding(0, int(high.max())), saturates=True)
-            stage = Stage(np.ones(1), np.zeros(1), result, (low, high))
-            return self.builder.stage(source, stage, name, step.name)
-        if step.op == POOL and is_plain_pool(step):
-            shape = self._graph.nodes[step.out].shape[1:]
-            return pooling(self.builder, step, source, shape)
-        if step.op.startswith(COMPARING) or step.op == POOL or step.op == "getitem":
-            raise Inexpressible(step.name, f"has no exact form ({step.op})")
+            return self._relu(step, source)
+        extreme = windows_of_maximum(
+            step.op, self._plain(step), source.places.shape, self._shape(step)
+        )
+        if extreme is not None:
+            value = self._extreme(step, source, extreme)
+            return (value, None) if step.op in SPLITTING else value
+        if step.op in SORTING:
+            raise Inexpressible(step.name, f"sorts values ({step.op})", "export it to torch")
         places = torch.from_numpy(source.places[None] + 1.0)
-        args = (plain(a, self._values) for a in step.args[1:])
-        moved = implementation(step.op)(places, *args)
-        if not isinstance(moved, torch.Tensor) or bool((moved == 0).any()):
-            raise Inexpressible(step.name, f"splits or pads ({step.op})")
+        moved = implementation(step.op)(places, *self._plain(step))
+        if isinstance(moved, torch.Tensor):
+            return self._lies(step, source, moved)
+        return tuple(self._lies(step, source, part) for part in moved)
+
+    def _lies(self, step: Move, source: Value, moved: torch.Tensor) -> Value:
+        if not moved.ndim or len(moved) != 1:
+            reason = f"moves values between samples ({step.op})"
+            raise Inexpressible(step.name, reason, "keep the batch in front")
         return replace(source, places=moved[0].long().numpy() - 1)
+
+    def _relu(self, step: Move, source: Value) -> Value:
+        low, high = np.maximum(source.low, 0), np.maximum(source.high, 0)
+        result = replace(holding(0, int(high.max())), saturates=True)
+        stage = Stage(np.ones(1), np.zeros(1), result, (low, high))
+        return self.builder.stage(source, stage, f"moved{step.out}", step.name)
+
+    def _extreme(self, step: Move, source: Value, extreme: Extreme) -> Value:
+        """The largest of each window; the smallest as the largest of the negatives."""
+        if step.op == POOL and is_plain_pool(step) and source.places.ndim == SPATIAL + 1:
+            kernel, strides = pair(step.args[1]), pair(step.args[2] if len(step.args) > 2 else ())
+            source = self.builder.laid(source, image(source.places.shape), step.name)
+            laid = image(self._shape(step))
+            return pooling(self.builder, step, source, laid, kernel, strides or kernel)
+        negative = extreme.kind == "min"
+        if negative:
+            source = self._negated(source, f"negative{step.out}", step.name)
+        value = maxima(self.builder, step, source, extreme.windows, extreme.steps)
+        if negative:
+            value = self._negated(value, f"smallest{step.out}", step.name)
+        if extreme.keeps:
+            return value
+        return replace(value, places=value.places.squeeze(tuple(extreme.windows)))
 
     def _call(self, step: Call) -> Any:
         return plain_call(step, self._values, self._graph)
 
+    def _plain(self, step: Move) -> list[Any]:
+        """Its arguments after the first; of a value whose shape alone is asked for, zeros."""
+        known: dict[int, Any] = dict(self._values)
+        for number in step.sources[1:]:
+            if known[number] is None or isinstance(known[number], Value):
+                if not step.op.startswith(AS_SHAPED):
+                    reason = f"moves by numbers that are computed ({step.op})"
+                    raise Inexpressible(step.name, reason, "export it to ONNX")
+                known[number] = torch.zeros(self._graph.nodes[number].shape)
+        return [plain(a, known) for a in step.args[1:]]
+
+    def _shape(self, step: Step) -> tuple[int, ...]:
+        """Of one sample of its result."""
+        return tuple(self._graph.nodes[step.out].shape[1:])
+
     def _source(self, step: Step) -> Value:
-        value = self._values[step.sources[0]]
-        assert isinstance(value, Value)
+        return self._value(step.sources[0], step.name)
+
+    def _value(self, number: int, name: str) -> Value:
+        value = self._values[number]
+        if not isinstance(value, Value):
+            reason = "reads numbers that are no codes"
+            raise Inexpressible(name, reason, "search with --activation-bits 8")
         return value
 
     def _shifted(self, value: Value, by: int, name: str, origin: str) -> Value:
@@ -193,13 +243,24 @@ class _Walk:
         stage = Stage(np.ones(1), np.full(1, float(by)), result, reach)
         return self.builder.stage(value, stage, name, origin)
 
+    def _negated(self, value: Value, name: str, origin: str) -> Value:
+        reach = -value.high, -value.low
+        result = holding(int(reach[0].min()), int(reach[1].max()))
+        return self.builder.stage(
+            value, Stage(-np.ones(1), np.zeros(1), result, reach), name, origin
+        )
+
     def _rescaled(self, step: Step, rescale: Rescale, sums: Value) -> Value:
         """Codes; the sums themselves where they leave the network and would be 25-bit scores."""
         out = step.out
         if out in self._program.outputs and _known(self._program.codes[out]).high == WIDE_LIMIT:
             self._sums[out] = rescale
             return sums
-        return self.builder.rescaled(rescale, [sums], f"codes{out}", step.name)
+        return self._codes(step, rescale, [sums])
+
+    def _codes(self, step: Step, rescale: Rescale, sources: list[Value]) -> Value:
+        name = f"codes{step.out}"
+        return self.builder.rescaled(rescale, sources, self._shape(step), name, step.name)
 
 
 def _known(codes: Codes | None) -> Codes:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from small_networks import JOINTS, Strided, calibrated, mlp, random_packed
 from torch import nn
 
 from quant_ops.bank import WeightBank
@@ -46,41 +47,28 @@ class Branches(nn.Module):
         return self.last(torch.cat([pooled, mean], 1).flatten(1)[:, :40])
 
 
-class Strided(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv1d(2, 3, 3, stride=2, dilation=2)
-        self.last = nn.Conv1d(3, 2, 1)
-
-    def forward(self, x):
-        return self.last(F.hardtanh(self.first(x))).mean(2)
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-
-
 CASES = {"mlp": (mlp, (6,)), "branches": (Branches, (2, 4, 4)), "strided": (Strided, (2, 11))}
 
 
 def packed_of(name, weight_bits, activation_bits, seed, n=16):
     torch.manual_seed(seed)
     make, shape = CASES[name]
-    net, x = make().eval(), torch.randn(n, *shape)
-    traced = trace(net, (x[:2],))
-    edges = {e.name: e for e in activation_edges(traced.graph)}
-    found = calibrate(
-        traced.graph, traced.params, [((x,), None)], edges={n: e.node for n, e in edges.items()}
-    )
-    widths = np.random.default_rng(seed).permutation(len(traced.graph.searchable_layers))
-    layers = {
-        layer.name: float(weight_bits[w % len(weight_bits)])
-        for layer, w in zip(traced.graph.searchable_layers, widths, strict=True)
-    }
-    narrow = {n: activation_bits for n, e in edges.items() if e.kind not in ("output", "partial")}
-    candidate = Candidate.of(layers, narrow)
-    model = WeightBank(traced.graph, traced.params, found).quantize(candidate)
-    return PackedModel.from_model(model), x
+    net, x = make(), torch.randn(n, *shape)
+    return calibrated(net, x, weight_bits, activation_bits), x
+
+
+def assert_logic_equals_the_reference(packed, x):
+    program = lower(packed.model)
+    found = unroll(program, packed.model.graph)
+    (source,) = found.inputs
+    codes = source.codes.quantize(x.numpy()).reshape(len(x), -1)
+    words = np.array([found.logic(row.astype(np.float64)) for row in codes]).astype(np.int64)
+    ends = np.cumsum([port.n_words for port in found.outputs])[:-1]
+    parts = np.split(words, ends, axis=1)
+    for port, part, wanted in zip(
+        found.outputs, parts, run(program, [x.numpy()]).values, strict=True
+    ):
+        np.testing.assert_array_equal(port.values(part), wanted)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -89,16 +77,16 @@ def test_sums_and_codes_are_those_of_the_reference(name, seed):
     rng = np.random.default_rng(seed)
     weight_bits, activation_bits = rng.choice([1, 1.6, 2, 3, 4, 6], 3), int(rng.choice([2, 4, 8]))
     packed, x = packed_of(name, weight_bits, activation_bits, seed)
-    program = lower(packed.model)
-    found = unroll(program, packed.model.graph)
-    (source,), (result,) = found.inputs, found.outputs
-    codes = source.codes.quantize(x.numpy()).reshape(len(x), -1)
-    words = np.array([found.logic(row.astype(np.float64)) for row in codes]).astype(np.int64)
-    wanted = run(program, [x.numpy()]).integers[0]
-    got = words.reshape(wanted.shape)
-    if result.rescale is not None:
-        got = result.rescale(words.reshape(wanted.shape))
-    np.testing.assert_array_equal(got, wanted)
+    assert_logic_equals_the_reference(packed, x)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", JOINTS)
+def test_values_are_joined_moved_and_padded_as_in_the_reference(name, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(12, 2, 4, 4)
+    packed = random_packed(JOINTS[name], (x,), seed, activation_bits=(3, 6), off_centre=1)
+    assert_logic_equals_the_reference(packed, x)
 
 
 @pytest.mark.slow

@@ -1,20 +1,9 @@
-"""What the tests of the C target share."""
+"""What the tests of the C target need."""
 
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-
-_spec = importlib.util.spec_from_file_location(
-    "c_networks", Path(__file__).with_name("networks.py")
-)
-assert _spec is not None
-assert _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-sys.modules["c_networks"] = _module
-_spec.loader.exec_module(_module)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

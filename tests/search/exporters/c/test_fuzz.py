@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from c_networks import Case, assert_equal_to_referee, random_packed
+from c_networks import Case, assert_equal_to_referee
+from small_networks import random_packed
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.compiled

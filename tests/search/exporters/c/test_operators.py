@@ -1,16 +1,15 @@
 """Each operator of the C target against the referee: portable, AVX2 and AVX-512 kernels."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from c_networks import assert_equal_to_referee, random_packed
-from torch import Tensor, nn
+from c_networks import assert_equal_to_referee
+from small_networks import C, Net, random_packed
+from torch import nn
 
 from quant_ops.packed import PackedModel
 from quant_ops.quantized import QuantizedLayer, code_range
@@ -19,21 +18,6 @@ from quant_ops.stored import StoredScale
 from search.exporters.c.weights import pack_rows
 
 pytestmark = pytest.mark.compiled
-C = nn.Conv2d
-
-
-class Net(nn.Module):
-    """A function of modules and an input."""
-
-    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
-
 
 NETS: dict[str, tuple[Net, tuple[int, ...]]] = {
     "strided convolution": (Net(lambda m, x: m.c(x), c=C(3, 5, 3, stride=2, padding=1)), (3, 9, 7)),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from c_networks import random_packed, write_project
+from c_networks import write_project
+from small_networks import C, Net, random_packed
 from torch import Tensor, nn
 
 from quant_ops.errors import UsageError, VerificationError
@@ -171,6 +172,12 @@ def test_resnet20_is_equal(tmp_path: Path) -> None:
     packed = random_packed(CifarResNet(20), (x,), 0, deep=True)
     write_project(packed, (x,), tmp_path)
     assert "4 samples, 0 output integers differ" in make(tmp_path, "check", "CFLAGS=-O2")
+
+
+def test_sorting_is_refused_by_name() -> None:
+    net = Net(lambda m, x: m.a(x).topk(2, 1)[0], a=C(2, 3, 1))
+    (refusal,) = CExporter().refusals(random_packed(net, (torch.ones(3, 2, 4, 4),), 0))
+    assert "sorts values (topk.default)" in refusal.reason
 
 
 def test_a_float_operator_is_refused_by_name() -> None:

@@ -1,46 +1,25 @@
 """HLS C++ computes the integers of the reference."""
 
-import shutil
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
+from small_networks import JOINTS, C, Net, Strided, calibrated, mlp, random_packed
 from torch import nn
 
-from quant_ops.bank import WeightBank
-from quant_ops.calibration import calibrate
-from quant_ops.candidate import Candidate, LayerQuant
-from quant_ops.edges import activation_edges
 from quant_ops.errors import EnvironmentFault, UsageError, VerificationError
 from quant_ops.packed import PackedModel
-from quant_ops.requantize import Rescale
-from search.capture import trace
+from search.config import RunConfig
 from search.exporters.base import Companions, require_expressible
-from search.exporters.c.reduced import reduced_program
 from search.exporters.delivery import deliver
+from search.exporters.foresight import foreseen_refusals
 from search.exporters.hls import project
 from search.exporters.hls.exporter import HLSExporter
-from search.exporters.hls.rescaling import lanes_of, stages
-from search.exporters.hls.translate import translate
+from search.prepare import prepare
+from search.task import Task
 from search.vectors import make_vectors, run_packed
 from search.verify import verify_file
 
-emulated = [
-    pytest.mark.slow,
-    pytest.mark.compiled,
-    pytest.mark.skipif(
-        project.installed_version() != project.VERSION,
-        reason=f"hls4ml {project.VERSION} (extra hls) is not installed",
-    ),
-    pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler"),
-]
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+emulated = [pytest.mark.slow, pytest.mark.compiled]
 
 
 class Residual(nn.Module):
@@ -59,53 +38,31 @@ class Residual(nn.Module):
         return self.last(F.adaptive_avg_pool2d(self.third(y), 1).flatten(1))
 
 
-class Joined(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 3)
-        self.last = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.last(torch.cat([self.first(x), self.second(x)], 1))
-
-
-class Strided(nn.Module):
-    """One dimension, dilation, two outputs, a mean that leaves."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv1d(2, 3, 3, stride=2, dilation=2)
-        self.last = nn.Conv1d(3, 2, 1)
-
-    def forward(self, x):
-        y = self.last(F.hardtanh(self.first(x)))
-        return y.mean(2), y
-
-
-CASES = {
-    "mlp": (mlp, (6,)),
-    "residual": (Residual, (2, 8, 8)),
-    "strided": (Strided, (2, 11)),
-    "joined": (Joined, (6,)),
-}
+CASES = {"mlp": (mlp, (6,)), "residual": (Residual, (2, 8, 8)), "strided": (Strided, (2, 11))}
+WINDOWED = Net(
+    lambda m, x: (
+        lambda y: torch.cat(
+            [
+                m.b(F.max_pool2d(y, 3, 2, 1)).flatten(1),
+                y.amin((2, 3)),
+                m.c(y.mean((2, 3))) * y.amax((2, 3)),
+                m.d(y.permute(0, 2, 3, 1)).mean((1, 2)),
+            ],
+            1,
+        )
+    )(m.a(x)),
+    a=C(2, 2, 3, padding=1),
+    b=nn.ConvTranspose2d(2, 2, 2, stride=2, padding=1),
+    c=nn.Linear(2, 2),
+    d=nn.Linear(2, 3),
+)
 
 
 def packed_of(name, weight_bits, activation_bits, seed, n=100):
     torch.manual_seed(seed)
     make, shape = CASES[name]
-    net, x = make().eval(), torch.randn(n, *shape)
-    traced = trace(net, (x[:2],))
-    edges = {e.name: e for e in activation_edges(traced.graph)}
-    found = calibrate(
-        traced.graph, traced.params, [((x,), None)], edges={n: e.node for n, e in edges.items()}
-    )
-    layers = {}
-    for at, layer in enumerate(traced.graph.searchable_layers):
-        bits = weight_bits[at % len(weight_bits)]
-        layers[layer.name] = LayerQuant(tuple(map(float, np.atleast_1d(bits))))
-    narrow = {n: activation_bits for n, e in edges.items() if e.kind not in ("output", "partial")}
-    model = WeightBank(traced.graph, traced.params, found).quantize(Candidate.of(layers, narrow))
-    return PackedModel.from_model(model), x
+    net, x = make(), torch.randn(n, *shape)
+    return calibrated(net, x, weight_bits, activation_bits), x
 
 
 def assert_emulation_equals_the_reference(packed, x, folder):
@@ -136,6 +93,14 @@ class TestEmulation:
         packed, x = packed_of(name, weight_bits, activation_bits, seed=1)
         assert_emulation_equals_the_reference(packed, x, tmp_path / "out")
 
+    @pytest.mark.parametrize("name", [*JOINTS, "windows"])
+    def test_joins_moves_and_pads_as_the_reference(self, name, tmp_path):
+        torch.manual_seed(3)
+        x = torch.randn(100, 2, 4, 4)
+        net = JOINTS.get(name, WINDOWED)
+        packed = random_packed(net, (x,), 3, activation_bits=(3, 6), off_centre=1)
+        assert_emulation_equals_the_reference(packed, x, tmp_path / "out")
+
     def test_leaves_out_channels_of_width_0_and_is_verified(self, tmp_path, monkeypatch):
         widths = [0, 4, 0, 2, 3, 0, 0, 4]
         packed, x = packed_of("mlp", [widths, 4.0, 4.0], 8, seed=0)
@@ -149,55 +114,58 @@ class TestEmulation:
             verify_file(tmp_path / "out")
 
 
-@given(
-    limits=st.tuples(st.integers(-300, 300), st.integers(-300, 300)).map(sorted),
-    ends=st.tuples(st.integers(-5000, 5000), st.integers(-5000, 5000)).map(sorted),
-    multiplier=st.integers(1, 2**20),
-    offset=st.integers(-(2**24), 2**24),
-    zero_point=st.integers(-128, 255),
-)
-def test_types_round_and_saturate_as_the_rescaling_does(
-    limits, ends, multiplier, offset, zero_point
-):
-    low, high = (limit + zero_point for limit in limits)
-    m, o, n = (np.array([v], np.int64) for v in (multiplier, offset, 16))
-    rescale = Rescale((m,), o, n, zero_point, low, high)
-    least, most = (np.array([end], np.int64) for end in ends)
-    lanes = lanes_of(rescale, np.zeros(1, np.int64), [(least, most)], "sum")
-    sums = np.arange(ends[0], ends[1] + 1, max(1, (ends[1] - ends[0]) // 500))
-    value = sums.astype(float)
-    for stage in stages(lanes):
-        value = assigned(value * stage.scale + stage.offset, stage.result)
-        assert stage.reach[0] <= value.min()
-        assert value.max() <= stage.reach[1]
-    np.testing.assert_array_equal(value, rescale(sums) - zero_point)
+IMAGE = (3, 2, 4, 4)
+REFUSED = {
+    "sorting": (
+        Net(lambda m, x: m.a(x).topk(2, 1)[0].mean((2, 3)), a=C(2, 3, 1)),
+        torch.ones(IMAGE),
+        "sorts values",
+    ),
+    "places": (
+        Net(lambda m, x: m.a(x).max(1), a=C(2, 3, 1)),
+        torch.ones(IMAGE),
+        "needs the places of the largest values",
+    ),
+    "float": (
+        Net(lambda m, x: m.a(F.gelu(x)), a=C(2, 3, 1)),
+        torch.ones(IMAGE),
+        "computes in float32",
+    ),
+    "size": (
+        Net(lambda m, x: m.a(x).mean((2, 3)), a=C(2, 512, 3)),
+        torch.ones(3, 2, 24, 24),
+        "400,000 products side by side",
+    ),
+    "rows by index": (
+        Net(lambda m, x: m.a(m.e(x).mean(1)), e=nn.Embedding(9, 4), a=nn.Linear(4, 2)),
+        torch.arange(9).reshape(3, 3),
+        r"has no exact form \(lookup\)",
+    ),
+}
 
 
-def assigned(value, fixed):
-    """What C++ stores: floor to the last bit, saturate or wrap."""
-    words = np.floor(value * 2.0**fixed.fraction)
-    low, high = (-(2 ** (fixed.width - 1)), 2 ** (fixed.width - 1) - 1)
-    if not fixed.signed:
-        low, high = 0, 2**fixed.width - 1
-    assert fixed.saturates or ((words >= low) & (words <= high)).all()
-    return np.clip(words, low, high) / 2.0**fixed.fraction
-
-
-@pytest.mark.parametrize("name", ["residual", "mlp"])
-def test_every_constant_fits_its_type(name):
-    packed, _ = packed_of(name, [4.0, 1.0, 8.0, 2.0], 8, seed=2)
-    reduced = reduced_program(packed.model)
-    for block in translate(reduced.program, reduced.graph).blocks:
-        for kind in ("weight", "scale", "bias"):
-            if kind in block.precision:
-                stored = block.attributes[f"{kind}_data"]
-                np.testing.assert_array_equal(assigned(stored, block.precision[kind]), stored)
-
-
-def test_what_has_no_exact_form_is_refused_by_name():
-    packed, _ = packed_of("joined", [4.0], 8, seed=0)
-    with pytest.raises(UsageError, match=r"cannot express this model:\n.*concatenate.*C or ONNX"):
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_exact_form_is_refused_by_name(case):
+    net, x, reason = REFUSED[case]
+    packed = random_packed(net, (x,), 0)
+    with pytest.raises(UsageError, match=rf"cannot express this model:\n  \w.*: .*{reason}.*; \w"):
         require_expressible(HLSExporter(), packed)
+
+
+@pytest.mark.parametrize("name", ["concatenation", "sorting", "float", "size"])
+def test_a_search_for_the_target_is_refused_where_the_export_would_be(name):
+    net, x, _ = REFUSED.get(name) or (JOINTS[name], torch.ones(IMAGE), "")
+    labels = torch.zeros(len(x), dtype=torch.long)
+    task = Task(
+        "small",
+        nn.Sequential(net.eval(), nn.Flatten()),
+        calibration=[((x,), None)],
+        validation=[((x,), labels)],
+    )
+    prepared = prepare(task, RunConfig(task="small", target="hls"))
+    model = prepared.evaluator.bank.quantize(prepared.space.largest())
+    refused = HLSExporter().refusals(PackedModel.from_model(model))
+    assert bool(foreseen_refusals(prepared)) == bool(refused) == (name in REFUSED)
 
 
 def test_another_hls4ml_or_none_is_said_with_how_to_install_it(tmp_path, monkeypatch):
