@@ -36,6 +36,7 @@ def export_trial(
     best: str | None = None,
     to: str = "packed",
     codec: str | None = None,
+    arithmetic: str | None = None,
     strict: bool = False,
     force: bool = False,
     data: str | None = None,
@@ -47,12 +48,16 @@ def export_trial(
 
     Where the target computes in integers and only the weights were quantized, activations are
     calibrated to 8 bits; with `strict` that is refused. With `codec` "plain" or "entropy" the same
-    weights are packed that way (target packed only).
+    weights are packed that way (target packed only). With `arithmetic` "exact" or "runtime" integer
+    steps are rescaled as the reference does, or as the target's kernels do (target onnx only).
 
     Raises:
-        UsageError: no such trial, target or codec, `out` exists, or the target cannot express it.
+        UsageError: no such trial, target, codec or arithmetic, `out` exists, or the target cannot
+            express it.
     """
     exporter = find_exporter(to)
+    if arithmetic is not None:
+        exporter = exporter.in_arithmetic(arithmetic)
     if codec not in (None, *CODECS):
         raise UsageError(f"--codec must be one of {', '.join(CODECS)}, got {codec!r}")
     if codec is not None and to != "packed":

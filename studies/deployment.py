@@ -6,11 +6,12 @@
 
 Of each image: every output integer of the C library (all kernels, and AVX2 alone) against the
 referee's; every output of ONNX Runtime against the referee in ONNX Runtime's rounding, bit for bit,
-and against the normative one, where top classes may change; every output of the torch.export
-program (slow: the first 1,000) against the reference of the reduced model. How many activation
-codes the rounding changes is counted twice: as they come out of the network, and step by step from
-equal inputs (the first 1,000). A row is kept per target and 500 images; what is there is not done
-again.
+and against the normative one, where top classes may change; every output and activation code of
+ONNX Runtime in exact arithmetic against the referee (the first 1,000); every output of the
+torch.export program (slow: the first 1,000) against the reference of the reduced model. How many
+activation codes the rounding changes is counted twice: as they come out of the network, and step by
+step from equal inputs (the first 1,000). A row is kept per target and 500 images; what is there is
+not done again.
 """
 
 import argparse
@@ -36,7 +37,8 @@ from search.data import load_split
 from search.exporters.base import Companions, Runner
 from search.exporters.c.compiler import LoadedLibrary, compile_c
 from search.exporters.c.project import DESCRIPTION, generate
-from search.exporters.onnx_runtime import OnnxExporter
+from search.exporters.onnx_graph.network import with_codes, write_network
+from search.exporters.onnx_runtime import OnnxExporter, runner_of
 from search.exporters.torch_program import TorchExporter
 from search.tasks.table import load_task
 from search.vectors import Vectors
@@ -53,7 +55,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--task", default="cifar10-resnet20")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--targets", default="c,onnx,steps,torch")
+    parser.add_argument("--targets", default="c,onnx,exact,steps,torch")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--test", action="store_true", help="the test split, not validation")
     parser.add_argument("--table", action="store_true")
@@ -158,6 +160,36 @@ def onnx_measure(packed: PackedModel, images: Tensor, scratch: Path) -> Measure:
     return measure
 
 
+def exact_measure(packed: PackedModel, images: Tensor, scratch: Path) -> Measure:
+    """Exact arithmetic against the normative reference: outputs, and the codes of all edges."""
+    model = reduced_model(packed.model)
+    program = lower(model)
+    runner = exported(OnnxExporter("exact"), packed, images, scratch / "exact")
+    written = write_network(model, program, exact=True)
+    with_edges = runner_of(with_codes(written).SerializeToString(), scratch)
+    edges = list(written.codes)
+
+    def measure(images: Tensor, labels: Tensor) -> Row:
+        reference = run_torch(program, [images.numpy()], edges)
+        (wanted,) = reference.values
+        mine = next(iter(runner([images]))).numpy()
+        codes = with_edges([images])[len(program.outputs) :]
+        differ = 0
+        for edge, found in zip(edges, codes, strict=True):
+            meaning = program.codes[program.edges[edge]]
+            assert meaning is not None
+            differ += int((found.numpy() + np.int32(meaning.low) != reference.codes[edge]).sum())
+        return {
+            "outputs": mine.size,
+            "outputs_that_differ": int((mine != wanted).sum()),
+            "codes": sum(reference.codes[edge].size for edge in edges),
+            "codes_that_differ": differ,
+            "right": right(mine, labels),
+        }
+
+    return measure
+
+
 def steps_measure(packed: PackedModel, images: Tensor, scratch: Path) -> Measure:
     """Share of each step's codes that ONNX Runtime's rounding changes, from equal inputs."""
     program = lower(reduced_model(packed.model))
@@ -182,7 +214,13 @@ def torch_measure(packed: PackedModel, images: Tensor, scratch: Path) -> Measure
     return measure
 
 
-MEASURES = {"c": c_measure, "onnx": onnx_measure, "steps": steps_measure, "torch": torch_measure}
+MEASURES = {
+    "c": c_measure,
+    "onnx": onnx_measure,
+    "exact": exact_measure,
+    "steps": steps_measure,
+    "torch": torch_measure,
+}
 
 
 def exported(
@@ -223,7 +261,7 @@ def print_table() -> None:
 
 COUNTS = (
     "integers", "c_differ", "avx2_differ", "outputs", "outputs_that_differ_from_the_mode",
-    "outputs_that_differ", "right", "reference_right",
+    "outputs_that_differ", "codes", "codes_that_differ", "right", "reference_right",
 )  # fmt: skip
 
 

@@ -27,6 +27,13 @@ def export(
         str | None,
         typer.Option("--codec", help="Pack anew: plain, or entropy (entropy-coded weights)."),
     ] = None,
+    arithmetic: Annotated[
+        str | None,
+        typer.Option(
+            "--arithmetic",
+            help="Of --to onnx: runtime (default, fast) or exact (the reference's integers).",
+        ),
+    ] = None,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Refuse a point whose activations would be calibrated anew."),
@@ -39,7 +46,16 @@ def export(
     from search.export import export_trial
 
     report = export_trial(
-        run, out, trial=trial, best=best, to=to, codec=codec, strict=strict, force=force, data=data
+        run,
+        out,
+        trial=trial,
+        best=best,
+        to=to,
+        codec=codec,
+        arithmetic=arithmetic,
+        strict=strict,
+        force=force,
+        data=data,
     )
     print(json.dumps(report.to_json(), indent=1) if as_json else report.to_text())
     return 0

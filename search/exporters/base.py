@@ -115,7 +115,7 @@ class Report:
 
 
 class Exporter(ABC):
-    """One deployment target; stateless.
+    """One deployment target; it holds settings and no other state.
 
     `delivery.deliver` calls, in this order: `refusals` (nothing is written if there are any),
     `write`, `open`, then the runner it gave on test vectors and validation inputs. `search verify`
@@ -130,6 +130,16 @@ class Exporter(ABC):
     needs_integers: ClassVar[bool] = False  # activations must be quantized
     is_simulated: ClassVar[bool] = False  # what runs is a simulator: its time says nothing
     tolerance: ClassVar[float] = 0.0  # allowed difference from `expected`; 0: equal bit for bit
+
+    def in_arithmetic(self, arithmetic: str) -> "Exporter":
+        """This target with another arithmetic of its integer steps.
+
+        Raises:
+            UsageError: it has only one, or none of that name.
+        """
+        raise UsageError(
+            f"--arithmetic is for --to onnx; target {self.name!r} computes in one way only"
+        )
 
     @abstractmethod
     def refusals(self, packed: PackedModel) -> Sequence[Refusal]:

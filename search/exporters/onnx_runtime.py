@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from quant_ops.candidate import Candidate
-from quant_ops.errors import VerificationError
+from quant_ops.errors import UsageError, VerificationError
 from quant_ops.lowering import lower
 from quant_ops.packed import PackedModel
 from quant_ops.quantized import QuantizedModel
 from quant_ops.reduced import reduced_model
+from quant_ops.reference import run_torch
 from quant_ops.runtime_mode import changed_codes, run_runtime_mode
 from search.exporters.base import Companions, Exporter, Outputs, Promise, Refusal, Runner
 from search.exporters.manifest import VECTORS
 
 FILE = "model.onnx"
+RUNTIME, EXACT = "runtime", "exact"
 INTEGERS = Promise(
     0.0,
     "equal, bit for bit, to the reference with ONNX Runtime's rounding (float32 scale, half to "
@@ -31,6 +33,14 @@ MIXED = Promise(
     "integer steps equal the reference with ONNX Runtime's rounding; float operators between "
     "them differ in the last digits, which can move codes by 1",
 )
+NORMATIVE = Promise(
+    0.0, "every integer equals the normative reference without removed channels, bit for bit"
+)
+NORMATIVE_MIXED = Promise(
+    0.2,
+    "integer steps equal the normative reference; float operators between them differ in the last "
+    "digits, which can move codes by 1",
+)
 FLOATS = Promise(1e-4, "float32 on the stored weights, close to the reference")
 BLOCKS = Promise(
     0.1,
@@ -40,19 +50,41 @@ BLOCKS = Promise(
 
 
 class OnnxExporter(Exporter):
-    """One file; weights are widened when a session is created."""
+    """One file; weights are widened when a session is created.
+
+    Args:
+        arithmetic: of integer steps: "runtime", ONNX Runtime's own rounding and its fastest
+            kernels, or "exact", the normative integers.
+    """
 
     name = "onnx"
     summary = "ONNX for ONNX Runtime on servers: weights at their true width, integer kernels"
     exactness = INTEGERS.text
 
+    def __init__(self, arithmetic: str = RUNTIME) -> None:
+        if arithmetic not in (RUNTIME, EXACT):
+            raise UsageError(f"--arithmetic must be {RUNTIME} or {EXACT}, got {arithmetic!r}")
+        self._exact = arithmetic == EXACT
+
+    def in_arithmetic(self, arithmetic: str) -> Exporter:
+        return OnnxExporter(arithmetic)
+
     def refusals(self, packed: PackedModel) -> Sequence[Refusal]:
         from search.exporters.onnx_graph.network import write_network
 
-        return write_network(reduced_model(packed.model)).refusals
+        if self._exact and not packed.model.candidate.activations:
+            return [
+                Refusal(
+                    f"--arithmetic {EXACT}",
+                    "activations are not quantized, so that every operator computes in float32",
+                    f"search with --activation-bits 8, or leave --arithmetic {EXACT} away",
+                )
+            ]
+        return write_network(reduced_model(packed.model), exact=self._exact).refusals
 
     def write(self, packed: PackedModel, path: Path, companions: Companions) -> None:
-        (path / FILE).write_bytes(onnx_bytes(packed.model, self._metadata(packed, companions)))
+        metadata = self._metadata(packed, companions)
+        (path / FILE).write_bytes(onnx_bytes(packed.model, metadata, exact=self._exact))
 
     def open(self, path: Path) -> Runner:
         return runner_of(sound_bytes(path / FILE), path / FILE)
@@ -69,19 +101,21 @@ class OnnxExporter(Exporter):
 
     def expected(self, packed: PackedModel, inputs: Sequence[Tensor]) -> Outputs:
         program = lower(reduced_model(packed.model))
-        values = run_runtime_mode(program, [x.numpy() for x in inputs]).values
+        run = run_torch if self._exact else run_runtime_mode
+        values = run(program, [x.numpy() for x in inputs]).values
         return [torch.as_tensor(value) for value in values]
 
     def promise(self, packed: PackedModel) -> Promise:
         model = reduced_model(packed.model)
         if model.candidate.activations:
-            return MIXED if lower(model).float_islands else INTEGERS
+            integers, mixed = (NORMATIVE, NORMATIVE_MIXED) if self._exact else (INTEGERS, MIXED)
+            return mixed if lower(model).float_islands else integers
         from search.exporters.onnx_graph.float_layers import runs_in_blocks
 
         return BLOCKS if runs_in_blocks(model) else FLOATS
 
     def facts(self, packed: PackedModel, path: Path, inputs: Sequence[Tensor]) -> Mapping[str, Any]:
-        if not packed.model.candidate.activations:
+        if self._exact or not packed.model.candidate.activations:
             return {}
         shares = changed_codes(lower(reduced_model(packed.model)), [x.numpy() for x in inputs])
         worst = max((share for share, _ in shares.values()), default=0.0)
@@ -102,6 +136,7 @@ class OnnxExporter(Exporter):
         preprocessing = companions.preprocessing
         return {
             "bitfront.digest": packed.digest,
+            "bitfront.arithmetic": EXACT if self._exact else RUNTIME,
             "bitfront.assignment": companions.assignment or packed.model.candidate.to_json(),
             "bitfront.class_names": list(companions.class_names),
             "bitfront.preprocessing": None if preprocessing is None else asdict(preprocessing),
@@ -109,14 +144,14 @@ class OnnxExporter(Exporter):
         }
 
 
-def onnx_bytes(model: QuantizedModel, metadata: Mapping[str, Any]) -> bytes:
-    """The checked file of a model that can be expressed."""
+def onnx_bytes(model: QuantizedModel, metadata: Mapping[str, Any], *, exact: bool = False) -> bytes:
+    """The checked file of a model that can be expressed; `exact`: with normative rescalings."""
     import onnx
     from onnx import helper
 
     from search.exporters.onnx_graph.network import write_network
 
-    written = write_network(reduced_model(model)).model
+    written = write_network(reduced_model(model), exact=exact).model
     assert written is not None
     texts = {
         key: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""Integer steps: the arithmetic of `quant_ops.runtime_mode`, operator by operator."""
+"""Integer steps: exact sums, rescaled by `quant_ops.runtime_mode` or, on request, by `exact.py`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,6 +29,7 @@ from quant_ops.runtime_mode import (
     term_constants,
 )
 from search.exporters.onnx_graph.builder import Unsupported
+from search.exporters.onnx_graph.exact import Term, rescaled, source_term
 from search.exporters.onnx_graph.state import WriterState
 from search.exporters.onnx_graph.weights import integer_rows
 
@@ -42,7 +43,11 @@ def put_input(state: WriterState, step: Input) -> str:
 
 
 def put_convolution(state: WriterState, step: Convolution) -> str:
-    """QLinearConv where it can, else ConvInteger and a float tail."""
+    """QLinearConv where it can, else the exact sums and a rescaling of their own.
+
+    For exact rescalings sums are a float32 Conv where no partial one can reach 2^24: ConvInteger
+    takes several times as long.
+    """
     _require_int32(step)
     source = _narrow(state, step.sources[0])
     result = state.codes(step.out)
@@ -53,7 +58,12 @@ def put_convolution(state: WriterState, step: Convolution) -> str:
         "pads": [before for before, _ in pads] + [after for _, after in pads],
         "group": step.groups,
     }
-    form = fused_form(step, source, result)
+    if state.exact and step.bound < FLOAT32_EXACT:
+        kernel = _kernel(state, step, integer_rows(state.builder, state.layer_of(step)))
+        inputs = [state.centered(step.sources[0], x), state.builder.cast(kernel, "float32")]
+        total = state.builder.node("Conv", inputs, **attributes)
+        return _scaled(state, step.out, step.rescale, total, bound=step.bound, is_float=True)
+    form = None if state.exact else fused_form(step, source, result)
     if form is not None:
         return _fused(state, step, form, x, attributes)
 
@@ -63,7 +73,7 @@ def put_convolution(state: WriterState, step: Convolution) -> str:
 
     rows = integer_rows(state.builder, state.layer_of(step))
     total = _exact_sums(state, step.weights, _kernel(state, step, rows), source, sums)
-    return _scaled(state, step.out, step.rescale, total)
+    return _scaled(state, step.out, step.rescale, total, bound=step.bound)
 
 
 def _fused(
@@ -84,7 +94,7 @@ def _fused(
 
 
 def put_matmul(state: WriterState, step: MatMul) -> str:
-    """MatMulInteger and a float tail."""
+    """MatMulInteger and a rescaling."""
     _require_int32(step)
     builder = state.builder
     source = _narrow(state, step.sources[0])
@@ -97,13 +107,14 @@ def put_matmul(state: WriterState, step: MatMul) -> str:
         return builder.node("MatMulInteger", [x, weights, x_zero, zero])
 
     total = _exact_sums(state, step.weights, turned, source, sums)
-    return _scaled(state, step.out, step.rescale, total)
+    return _scaled(state, step.out, step.rescale, total, bound=step.bound)
 
 
 def put_lookup(state: WriterState, step: Lookup) -> str:
     """The table as codes, made once at load, and a Gather."""
     rows = integer_rows(state.builder, state.layer_of(step))
-    table = _scaled(state, step.out, step.rescale, rows)
+    bound = int(np.abs(step.weights.astype(np.int64)).max(initial=0))
+    table = _scaled(state, step.out, step.rescale, rows, bound=bound)
     return state.builder.node("Gather", [table, state.value(step.sources[0])], axis=0)
 
 
@@ -114,10 +125,9 @@ def put_combine(state: WriterState, step: Combine) -> str:
 
 def put_multiply(state: WriterState, step: Multiply) -> str:
     """An exact product, rescaled."""
-    for source in step.sources:
-        _narrow(state, source)
+    left, right = (_narrow(state, source).bound for source in step.sources)
     product = state.builder.node("Mul", [state.centered(n) for n in step.sources])
-    return _scaled(state, step.out, step.rescale, product, is_float=True)
+    return _scaled(state, step.out, step.rescale, product, bound=left * right, is_float=True)
 
 
 def put_concatenate(state: WriterState, step: Concatenate) -> str:
@@ -152,7 +162,7 @@ def put_average(state: WriterState, step: Average) -> str:
     if whole_axes:
         keep = int(step.keep_axes)
         total = builder.node("ReduceSum", [total, builder.ints(*whole_axes)], keepdims=keep)
-    return _scaled(state, step.out, step.rescale, total, is_float=True)
+    return _scaled(state, step.out, step.rescale, total, bound=step.bound, is_float=True)
 
 
 def _pattern(start: NDArray[np.int64], end: NDArray[np.int64], size: int) -> NDArray[np.float32]:
@@ -176,6 +186,8 @@ def _window_sums(
 
 
 def _sum_of(state: WriterState, out: int, rescale: Rescale, sources: Sequence[int]) -> str:
+    if state.exact:
+        return rescaled(state, out, rescale, [source_term(state, n) for n in sources])
     builder = state.builder
     result = state.codes(out)
     units = [1.0 if state.is_codes(n) else state.codes(n).scale for n in sources]
@@ -197,9 +209,20 @@ def _sum_of(state: WriterState, out: int, rescale: Rescale, sources: Sequence[in
 
 
 def _scaled(
-    state: WriterState, out: int, rescale: Rescale, sums: str, *, is_float: bool = False
+    state: WriterState,
+    out: int,
+    rescale: Rescale,
+    sums: str,
+    *,
+    bound: int,
+    is_float: bool = False,
 ) -> str:
-    """One accumulator times its factor plus the constant, two float32 roundings, then codes."""
+    """Codes of one accumulator of at most `bound`: rescaled exactly, or in float32.
+
+    In float32 there are two roundings before that to a code: of the product, of adding the bias.
+    """
+    if state.exact:
+        return rescaled(state, out, rescale, [Term(sums, (-bound, bound))])
     builder = state.builder
     result = state.codes(out)
     (factor,), constant = term_constants(rescale, [1.0], result.scale if is_wide(result) else 1.0)

@@ -1,6 +1,7 @@
 """A packed model as an ONNX model, or the list of what stands in the way."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -18,16 +19,26 @@ from search.exporters.onnx_graph.state import Value, WriterState, int_of
 
 @dataclass(frozen=True)
 class Written:
-    """The model, or why there is none."""
+    """The model, or why there is none.
+
+    Attributes:
+        codes: edge name to the name of its uint8 tensor (code - lowest); not of wide values.
+    """
 
     model: onnx.ModelProto | None
     refusals: tuple[Refusal, ...]
+    codes: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_network(model: QuantizedModel, program: IntegerProgram | None = None) -> Written:
-    """Write every step of a network without removed channels (`quant_ops.reduced`)."""
+def write_network(
+    model: QuantizedModel, program: IntegerProgram | None = None, *, exact: bool = False
+) -> Written:
+    """Write every step of a network without removed channels (`quant_ops.reduced`).
+
+    With `exact` every rescaling is the normative one, else that of `quant_ops.runtime_mode`.
+    """
     program = lower(model) if program is None else program
-    state = WriterState(model, program)
+    state = WriterState(model, program, exact=exact)
     refusals = []
     for index in model.graph.input_nodes:
         node = model.graph.nodes[index]
@@ -50,9 +61,24 @@ def write_network(model: QuantizedModel, program: IntegerProgram | None = None) 
     if refusals:
         return Written(None, tuple(refusals))
     shapes = [model.graph.nodes[ref.index].shape for ref in model.graph.outputs]
+    names = {edge: state.values[n] for edge, n in program.edges.items() if state.is_codes(n)}
     return Written(
-        without_dead_ends(state.builder.model(model.graph, outputs, shapes, "bitfront")), ()
+        without_dead_ends(state.builder.model(model.graph, outputs, shapes, "bitfront")),
+        (),
+        {edge: name for edge, name in names.items() if isinstance(name, str)},
     )
+
+
+def with_codes(written: Written) -> onnx.ModelProto:
+    """The model with the codes of every edge as further outputs, to compare them."""
+    assert written.model is not None
+    model = onnx.ModelProto()
+    model.CopyFrom(written.model)
+    for name in written.codes.values():
+        model.graph.output.append(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None)
+        )
+    return model
 
 
 def _put(state: WriterState, step: object) -> Value:

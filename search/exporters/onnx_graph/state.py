@@ -23,10 +23,16 @@ class WriterState:
     Codes are uint8 tensors, code - lowest, so that every type of activation runs through the
     kernels for unsigned ones. Wide values are float32 real numbers, sizes int64 tensors of one
     element, operators with several results lists of names.
+
+    With `exact`, rescalings are the normative ones (`exact.py`), else those of
+    `quant_ops.runtime_mode`.
     """
 
-    def __init__(self, model: QuantizedModel, program: IntegerProgram) -> None:
+    def __init__(
+        self, model: QuantizedModel, program: IntegerProgram, *, exact: bool = False
+    ) -> None:
         self.builder = GraphBuilder()
+        self.exact = exact
         self.model = model
         self.graph = model.graph
         self.program = program
@@ -58,9 +64,14 @@ class WriterState:
         """The stored weights of a layer's step."""
         return self.model.layers[self.graph.layer_at[self.graph.index_of[step.name]].name]
 
-    def centered(self, number: int) -> str:
-        """float32 code - zero point; of a wide value the real number."""
-        value = self.value(number)
+    def centered(self, number: int, moved: str | None = None) -> str:
+        """float32 code - zero point; of a wide value the real number.
+
+        Args:
+            number: of the value.
+            moved: the same codes, spread or padded.
+        """
+        value = self.value(number) if moved is None else moved
         if not self.is_codes(number):
             return value
         whole = self.builder.cast(value, "float32")

@@ -92,6 +92,17 @@ def test_an_export_that_exists_is_not_overwritten_unasked(exported, search_call,
     assert search_call(*arguments, "--codec", "entropy", "--force").code == 2
 
 
+def test_an_arithmetic_that_cannot_be_had_is_refused(search_call, run_folder, tmp_path):
+    export = ["export", run_folder, "--best", "2kB", "--out", tmp_path / "x", "--arithmetic"]
+    floats = search_call(*export, "exact", "--to", "onnx")
+    assert floats.code == 2
+    assert "activations are not quantized" in floats.stderr
+    assert "--activation-bits 8" in floats.stderr
+    assert "--to onnx" in search_call(*export, "exact", "--to", "torch").stderr
+    assert "runtime or exact" in search_call(*export, "other", "--to", "onnx").stderr
+    assert not (tmp_path / "x").exists()
+
+
 def model_of(*nodes: onnx.NodeProto, **tensors: np.ndarray) -> onnx.ModelProto:
     initializers = [numpy_helper.from_array(value, name) for name, value in tensors.items()]
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])

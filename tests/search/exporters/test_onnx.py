@@ -1,4 +1,5 @@
-"""ONNX models, executed, against the reference with ONNX Runtime's rounding: equal bit for bit."""
+"""ONNX models, executed, equal bit for bit: to the normative reference (arithmetic "exact"), or to
+the reference with ONNX Runtime's rounding ("runtime")."""
 
 import importlib.util
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from quant_ops.reduced import reduced_model
 from quant_ops.reference import run_torch
 from quant_ops.runtime_mode import run_runtime_mode
 from search.capture import trace
-from search.exporters.onnx_graph.network import write_network
+from search.exporters.onnx_graph.network import with_codes, write_network
 from search.exporters.onnx_runtime import onnx_bytes, runner_of
 from search.vectors import run_packed
 
@@ -35,10 +36,19 @@ _spec.loader.exec_module(reference_models)
 
 
 def with_batch(x: Tensor, n: int) -> Tensor:
-    return x[:1].expand(n, *x.shape[1:]).contiguous() + 0.1 * torch.randn(n, *x.shape[1:])
+    same = x[:1].expand(n, *x.shape[1:]).contiguous()
+    return same + 0.1 * torch.randn(same.shape) if x.is_floating_point() else same
 
 
-def assert_equal_to_mode(model: QuantizedModel, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
+@pytest.fixture(params=["runtime", "exact"])
+def arithmetic(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def assert_equal(
+    model: QuantizedModel, inputs: tuple[Tensor, ...], arithmetic: str
+) -> onnx.ModelProto:
+    exact = arithmetic == "exact"
     smaller = reduced_model(model)
     program = lower(smaller)
     assert program.float_islands == ()
@@ -49,13 +59,30 @@ def assert_equal_to_mode(model: QuantizedModel, inputs: tuple[Tensor, ...]) -> o
         assert codes is not None
         # half-step codes of absent columns may make the output's unit larger in the whole model
         np.testing.assert_allclose(a, b, rtol=0, atol=4 * codes.scale)
-    content = onnx_bytes(model, {})
+    content = onnx_bytes(model, {}, exact=exact)
     run = runner_of(content, Path("model.onnx"))
+    reference = run_torch if exact else run_runtime_mode
     for batch in (inputs, tuple(with_batch(x, 3) for x in inputs)):
-        wanted = run_runtime_mode(program, [x.numpy() for x in batch]).values
+        wanted = reference(program, [x.numpy() for x in batch]).values
         for mine, expected in zip(run(batch), wanted, strict=True):
             np.testing.assert_array_equal(mine.numpy(), expected)
+    if exact:
+        assert_every_code_is_equal(smaller, inputs)
     return onnx.load_from_string(content)
+
+
+def assert_every_code_is_equal(model: QuantizedModel, inputs: tuple[Tensor, ...]) -> None:
+    """Of each edge inside the network, to those of the normative reference."""
+    program = lower(model)
+    written = write_network(model, program, exact=True)
+    assert len(written.codes) >= len(model.activations)
+    content = with_codes(written).SerializeToString()
+    outputs = runner_of(content, Path("model.onnx"))(inputs)
+    wanted = run_torch(program, [x.numpy() for x in inputs], list(written.codes)).codes
+    for edge, mine in zip(written.codes, outputs[len(program.outputs) :], strict=True):
+        codes = program.codes[program.edges[edge]]
+        assert codes is not None
+        np.testing.assert_array_equal(mine.numpy().astype(np.int32) + codes.low, wanted[edge])
 
 
 def random_model(
@@ -76,34 +103,36 @@ def repacked(model: QuantizedModel) -> QuantizedModel:
     return PackedModel.from_model(replace(model, candidate=candidate)).model
 
 
-def check(module: nn.Module, *inputs: Tensor, seeds: int = 1, **options: object) -> None:
+def check(
+    arithmetic: str, module: nn.Module, *inputs: Tensor, seeds: int = 1, **options: object
+) -> None:
     for seed in range(seeds):
         model = random_model(module, *inputs, seed=seed, **options)
-        assert_equal_to_mode(model, inputs)
+        assert_equal(model, inputs, arithmetic)
 
 
 images = reference_models.images
 
 
 @pytest.mark.parametrize("case", reference_models.CONVOLUTIONS)
-def test_every_convolution_with_every_width(case: str) -> None:
+def test_every_convolution_with_every_width(case: str, arithmetic: str) -> None:
     module, shape = reference_models.CONVOLUTIONS[case]
-    check(module, images(*shape), seeds=2, widths=BIT_WIDTHS)
+    check(arithmetic, module, images(*shape), seeds=2, widths=BIT_WIDTHS)
 
 
 @pytest.mark.parametrize("case", reference_models.FUNCTIONS)
-def test_every_operator_with_an_integer_form(case: str) -> None:
+def test_every_operator_with_an_integer_form(case: str, arithmetic: str) -> None:
     function = reference_models.FUNCTIONS[case]
     module = reference_models.Through(function)
-    check(module, images(2, 3, 6, 6), seeds=2, activation_bits=(4, 8))
+    check(arithmetic, module, images(2, 3, 6, 6), seeds=2, activation_bits=(4, 8))
 
 
 @pytest.mark.parametrize("case", reference_models.AVERAGES)
-def test_every_average(case: str) -> None:
+def test_every_average(case: str, arithmetic: str) -> None:
     def average(x: Tensor) -> Tensor:
         return reference_models.AVERAGES[case](x) + 0.0
 
-    check(reference_models.Through(average), images(3, 3, 7, 6))
+    check(arithmetic, reference_models.Through(average), images(3, 3, 7, 6))
 
 
 class Residual(nn.Module):
@@ -177,9 +206,9 @@ def weights_only(
 
 
 @pytest.mark.parametrize("case", ["residual", "perceptron"])
-def test_whole_integer_networks(case: str) -> None:
+def test_whole_integer_networks(case: str, arithmetic: str) -> None:
     module, inputs = GRAPHS[case]
-    check(module(), inputs(), seeds=3, widths=BIT_WIDTHS, activation_bits=(4, 8))
+    check(arithmetic, module(), inputs(), seeds=3, widths=BIT_WIDTHS, activation_bits=(4, 8))
 
 
 @pytest.mark.parametrize("case", GRAPHS)
@@ -242,7 +271,7 @@ def test_integer_convolutions_keep_nothing_to_unpack_at_run_time(tmp_path) -> No
     assert {onnx.TensorProto.INT4, onnx.TensorProto.INT2, onnx.TensorProto.UINT8} <= types
 
 
-def fuzz(seed: int) -> None:
+def fuzz(seed: int, arithmetic: str) -> None:
     """A small network of random geometry, widths, schemes and activation widths."""
     rng = np.random.default_rng(seed)
     groups = int(rng.choice([1, 1, 2]))
@@ -263,21 +292,21 @@ def fuzz(seed: int) -> None:
     model = random_model(
         nn.Sequential(*layers), x, seed=seed, widths=BIT_WIDTHS, activation_bits=(2, 4, 8)
     )
-    assert_equal_to_mode(model, (x,))
+    assert_equal(model, (x,), arithmetic)
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_random_networks(seed: int) -> None:
-    fuzz(seed)
+def test_random_networks(seed: int, arithmetic: str) -> None:
+    fuzz(seed, arithmetic)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(30, 330))
-def test_many_random_networks(seed: int) -> None:
-    fuzz(seed)
+def test_many_random_networks(seed: int, arithmetic: str) -> None:
+    fuzz(seed, arithmetic)
 
 
-def test_removed_channels_are_not_in_the_file() -> None:
+def test_removed_channels_are_not_in_the_file(arithmetic: str) -> None:
     x = images(2, 3, 8, 8)
     module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())
     model = random_model(module, x)
@@ -292,7 +321,7 @@ def test_removed_channels_are_not_in_the_file() -> None:
     smaller = reduced_model(pruned).graph.layer_of
     assert smaller[first.name].weight_shape == (4, 3, 3, 3)
     assert smaller[second.name].weight_shape == (4, 4, 3, 3)
-    written = assert_equal_to_mode(pruned, (x,))
+    written = assert_equal(pruned, (x,), arithmetic)
     sizes = [np.prod(x.dims) for x in written.graph.initializer]
     assert max(sizes) <= 4 * 4 * 9
 
