@@ -1,12 +1,13 @@
-"""Networks shared by the tests of removal."""
+"""Helpers that several tests share, as modules of their own."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
-_NAME = "tied_networks"
-_SPEC = importlib.util.spec_from_file_location(_NAME, Path(__file__).parent / f"{_NAME}.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-sys.modules[_NAME] = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(sys.modules[_NAME])
+for _name in ("tied_networks", "reference_oracle"):
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
+    assert _spec is not None
+    assert _spec.loader is not None
+    _module = importlib.util.module_from_spec(_spec)
+    sys.modules[_name] = _module
+    _spec.loader.exec_module(_module)
