@@ -67,7 +67,7 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
     """The search and what follows it, as far as it is not done."""
     if (folder / "front.json").exists() and ParetoFront.load(folder / "front.json").packed:
         return
-    how: dict = {"recover": "full", "settings": {}}
+    how: dict = {"recover": "full", "settings": {"recovery.points": str(len(TIMES))}}
     budgets = [str(size) for size in sizes(arguments.mode, folder)]
     if arguments.mode == "fixed":
         budgets.append(f"macs={arguments.macs}")

@@ -135,3 +135,30 @@ def test_training_without_training_data_is_refused_before_anything_runs(
     assert finished.code == 2
     assert "has no training data" in finished.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_a_pruned_network_is_trained_without_the_channels_that_leave_it(
+    tiny, search_command, tmp_path
+):
+    arguments = (
+        "run", "--task", tiny("cnn_training"), "--strategy", "ajpq", "--bits", "0,8",
+        "--budget", "3kB", "--budget", "macs=70k", "--trials", "6", "--search-samples", "64",
+        "--set", "ajpq.hidden=8", "--set", "finetune.steps=60", "--set", "finetune.distill=1.0",
+        "--set", "finetune.rate=0.001", "--finetune", "5m", "--threads", "1",
+        "--out", str(tmp_path / "run"),
+    )  # fmt: skip
+    finished = search_command(*arguments)
+    assert finished.code == 0, finished.stderr
+    evaluations = {e.trial: e for e in Record.open(tmp_path / "run").evaluations()}
+    trained = [e for e in evaluations.values() if e.recipe == RECIPE]
+    assert trained
+    for evaluation in trained:
+        parent = evaluations[evaluation.parent]
+        assert evaluation.candidate == parent.candidate
+        assert evaluation.loss < parent.loss
+        packed = PackedModel.load(packed_path(tmp_path / "run", evaluation.trial))
+        assert packed.digest == evaluation.weights_digest
+    log = tmp_path / "run" / "training" / f"{trained[0].parent}.jsonl"
+    in_training = json.loads(log.read_text().splitlines()[-1])["mean_bits"]
+    widths = {name: q.bit_widths for name, q in trained[0].candidate.layers}
+    assert any(in_training[name] > sum(w) / len(w) for name, w in widths.items())
