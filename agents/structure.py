@@ -183,7 +183,7 @@ def _last_ones(space: SearchSpace, importance: Importance) -> set[int]:
     """The most important gene of every layer that cannot vanish."""
     out, start = set(), 0
     for choice in space.layers:
-        if not choice.may_vanish or not choice.groups:
+        if choice.groups and not choice.may_vanish:
             out.add(start + int(importance.order[choice.name][-1]))
         start += choice.n_genes
     return out

@@ -110,8 +110,10 @@ class Wall:
         """The genome inside every limit (cost name to limit); the smallest one if none fits."""
         space = self._problem.space
         if self._problem.structure is not None:
-            genome = self._without_sets(context, genome, limits)
-            limits = {k: v for k, v in limits.items() if k not in self._problem.structure.costs}
+            mine = {k: v for k, v in limits.items() if k in self._problem.structure.costs}
+            genome, held = self._without_sets(context, genome, mine)
+            if held:  # and what else is taken away frees still more
+                limits = {k: v for k, v in limits.items() if k not in mine}
         path = self._path(genome)
 
         def fits(n: int) -> bool:
@@ -126,20 +128,21 @@ class Wall:
             return space.encode(space.smallest())
         return tuple(path.after(n).tolist())
 
-    def _without_sets(self, context: Context, genome: Ints, limits: Mapping[str, float]) -> Ints:
-        """The genome with sets of channels removed until limits hold that only pruning meets."""
+    def _without_sets(
+        self, context: Context, genome: Ints, limits: Mapping[str, float]
+    ) -> tuple[Ints, bool]:
+        """The genome with sets of channels removed until the limits hold, and whether they do."""
         structure, space = self._problem.structure, self._problem.space
         assert structure is not None
-        mine = {name: limits[name] for name in structure.costs if name in limits}
         genome = np.asarray(genome, np.intp)
         steps = [np.repeat(genes, genome[genes]) for genes in structure.sets]
         path = Path.of(genome, [step for step in steps if len(step)])
 
         def fits(n: int) -> bool:
-            return within(mine, context.cost_of(space.decode(path.after(n).tolist())))
+            return within(limits, context.cost_of(space.decode(path.after(n).tolist())))
 
         n = _bisect(fits, path.n_steps)
-        return path.after(path.n_steps if n is None else n)
+        return path.after(path.n_steps if n is None else n), n is not None
 
     def _by_estimate(self, context: Context, path: Path, limit: float) -> int | None:
         """How many steps it takes, by the estimate corrected with a few exact sizes."""

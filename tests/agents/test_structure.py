@@ -23,10 +23,10 @@ MACS = sum(layer.macs for layer in SPACE.graph.layers)
 LARGEST = TASK.size_bytes(SPACE.largest())
 
 
-def macs(candidate: Candidate) -> float:
+def macs(candidate: Candidate, task: AdditiveTask = TASK) -> float:
     return float(
         sum(
-            SPACE.graph.layer_of[name].macs * np.mean([b > 0 for b in quant.per_channel(8)])
+            task.space.graph.layer_of[name].macs * np.mean([b > 0 for b in quant.per_channel(8)])
             for name, quant in candidate.layers
         )
     )
@@ -37,7 +37,7 @@ class PrunedContext(FakeContext):
     """Counts multiply-accumulates of the channels that are left."""
 
     def cost_of(self, candidate: Candidate) -> dict[str, float]:
-        return {**super().cost_of(candidate), "macs": macs(candidate)}
+        return {**super().cost_of(candidate), "macs": macs(candidate, self.task)}
 
 
 def problem_with(**budgets: float) -> tuple[PrunedContext, Problem]:
@@ -121,3 +121,27 @@ def test_without_such_a_limit_nothing_changes():
     assert problem.structure is None
     _, problem = problem_with(bops=0.5 * TASK.bops(SPACE.largest()))  # widths can meet it
     assert problem.structure is None
+
+
+@pytest.mark.parametrize("order", ["bits", "layers"])
+def test_with_a_width_per_layer_whole_layers_go(order):
+    task = AdditiveTask.make(n_layers=5, widths=(2.0, 4.0, 8.0), removable=(1, 3), seed=3)
+    layers = {layer.name: layer.macs for layer in task.space.graph.layers}
+    spare = min(layers["layer1"], layers["layer3"])
+    limits = {"size_bytes": LARGEST, "macs": sum(layers.values()) - spare}
+    context = PrunedContext(task, budgets=limits)
+    problem = Problem.of(context, "taylor", 3)
+    lowered = task.space.decode(Wall(problem, order).lower(context, problem.widest, limits))
+    assert within(limits, context.cost_of(lowered))
+    gone = [name for name, quant in lowered.layers if not any(quant.bit_widths)]
+    assert len(gone) == 1
+    assert {b for _, quant in lowered.layers for b in quant.bit_widths} == {0, 8}
+
+
+def test_what_no_pruning_can_meet_ends_at_the_smallest_network():
+    limits = {"size_bytes": LARGEST, "macs": 0.01 * MACS}
+    task = AdditiveTask.make(n_layers=5, n_groups=8, widths=(2.0, 4.0, 8.0), removable=(1,), seed=3)
+    context = PrunedContext(task, budgets=limits)
+    problem = Problem.of(context, "taylor", 3)
+    lowered = Wall(problem).lower(context, problem.widest, limits)
+    assert task.space.decode(lowered) == task.space.smallest()
