@@ -7,10 +7,13 @@ from tied_networks import NETWORKS, candidate_without, draw_zeros, make
 
 from quant_ops.bank import WeightBank
 from quant_ops.calibration import calibrate
+from quant_ops.candidate import Candidate
+from quant_ops.edges import activation_edges
 from quant_ops.executor import Executor
 from quant_ops.qat.network import QuantizedNetwork
 from quant_ops.quantized import QuantizedModel
 from quant_ops.reduced import Reduction
+from quant_ops.reference import fake_quant_transforms
 from search.capture import Traced
 
 
@@ -24,13 +27,19 @@ def images(n: int = 3) -> list[torch.Tensor]:
 
 
 def quantized(traced: Traced, data: st.DataObject) -> QuantizedModel:
-    calibration = calibrate(traced.graph, traced.params, [(images(), None)])
+    edges = {edge.name: edge.node for edge in activation_edges(traced.graph)}
+    calibration = calibrate(traced.graph, traced.params, [(images(), None)], edges=edges)
     bank = WeightBank(traced.graph, traced.params, calibration)
-    return bank.quantize(candidate_without(traced.graph, draw_zeros(traced, data)))
+    candidate = candidate_without(traced.graph, draw_zeros(traced, data))
+    if data.draw(st.booleans()):
+        candidate = Candidate.of(dict(candidate.layers), dict.fromkeys(edges, 8))
+    return bank.quantize(candidate)
 
 
 def outputs(model: QuantizedModel) -> list[torch.Tensor]:
-    return list(Executor(model.graph)(model.params(), images()))
+    """As the training computes: in floats, activations rounded."""
+    transforms = fake_quant_transforms(model)
+    return list(Executor(model.graph).apply(model.params(), images(), transforms))
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[*HealthCheck])
@@ -50,7 +59,10 @@ def test_what_is_trained_without_removed_channels_is_the_whole_network(traced, d
     widened = reduction.widened(trained)
     assert widened.candidate == model.candidate
     for ours, theirs in zip(outputs(widened), outputs(trained), strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+        off = (ours - theirs).abs()
+        # a sum in another order may round an activation the other way
+        allowed = 0.02 if model.activations else 1e-4
+        assert off.max() <= allowed * (theirs.abs().max() + 1)
 
 
 def test_removed_channels_take_no_part_in_the_training():
