@@ -361,7 +361,7 @@ class _Translation:
         if found is not None:
             if position not in (None, 0):
                 raise refusal(
-                    item.name, "it needs the places of the largest values", "use --to onnx"
+                    item.name, "it needs the places of the largest values", "use --to torch"
                 )
             target = self._pool(
                 item, found.kind, source, dict(found.windows), dict(found.steps), found.counts
