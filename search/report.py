@@ -1,6 +1,6 @@
 """`search report --test`: the one reader of the labelled test split."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from quant_ops.errors import UsageError
@@ -20,14 +20,21 @@ from search.show import FRONT, read_front
 TEST = "test"  # fact beside a trial: {weights digest: metric on the test split}
 
 
-def read_test_split(folder: Path, *, data: str | None = None) -> ParetoFront:
+def read_test_split(
+    folder: Path, *, data: str | None = None, trials: Collection[int] | None = None
+) -> ParetoFront:
     """Measure float, the points of the finished front and uniform widths on the test split.
 
     The front is frozen: it was chosen on validation. Every file is measured once; answers are
     kept in the record by weight digest.
 
+    Args:
+        folder: of the run.
+        data: folder with the data sets, if it is not that of the run.
+        trials: numbers of the points to measure; None measures all.
+
     Raises:
-        UsageError: the task has no test split.
+        UsageError: the task has no test split, or the front no such trial.
     """
     from search.tasks.table import load_task
 
@@ -41,7 +48,14 @@ def read_test_split(folder: Path, *, data: str | None = None) -> ParetoFront:
     uniform = [e for e in front.baselines if e.strategy == "uniform"]
     points = {e.trial: e for e in (*front.points, *uniform)}
     metrics = known_test_metrics(record, points.values())
-    todo = [trial for trial in points if trial not in metrics]
+    unknown = sorted(set(trials or ()) - points.keys())
+    if unknown:
+        raise UsageError(
+            f"the front of {folder} has no trial {unknown[0]}; it has "
+            f"{', '.join(map(str, sorted(points)))}"
+        )
+    asked = points if trials is None else trials
+    todo = [trial for trial in points if trial in asked and trial not in metrics]
     float_test = front.info.float_test
     if todo or float_test is None:
         prepared = prepare(task, config)

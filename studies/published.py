@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import search
+from search.evaluation import Evaluation
 from search.front import ParetoFront
 from search.record import Record
 from search.report import read_test_split
@@ -57,9 +58,11 @@ def main() -> None:
     run(folder, arguments)
     seconds = time.monotonic() - started
     front = ParetoFront.load(folder / "front.json")
+    asked = sizes(arguments.mode, folder)
     if arguments.test and not front.test:
-        front = read_test_split(folder)
-    for size in sizes(arguments.mode, folder):
+        trials = {chosen(size, front, arguments.mode).trial for size in asked}
+        front = read_test_split(folder, trials=trials)
+    for size in asked:
         keep(row_at(size, folder, front, arguments) | {"seconds": round(seconds, 1)})
 
 
@@ -99,12 +102,15 @@ def sizes(mode: str, folder: Path) -> list[int]:
     return [whole // n for n in TIMES][: 1 if mode == "fixed" else None]
 
 
+def chosen(size: int, front: ParetoFront, mode: str) -> Evaluation:
+    """The point of lowest validation loss at or under a size, of trained ones in fixed mode."""
+    points = [p for p in front.points if p.size_bytes <= size and p.is_trained == (mode == "fixed")]
+    return min(points, key=lambda p: p.loss)
+
+
 def row_at(size: int, folder: Path, front: ParetoFront, arguments: argparse.Namespace) -> dict:
     """The point of a size, and the candidate of the search that it comes from."""
-    points = [p for p in front.points if p.size_bytes <= size]
-    if arguments.mode == "fixed":
-        points = [p for p in points if p.is_trained]
-    point = min(points, key=lambda p: p.loss)
+    point = chosen(size, front, arguments.mode)
     evaluations = {e.trial: e for e in Record.open(folder).evaluations()}
     found = evaluations[point.trial]
     while found.parent is not None:

@@ -72,10 +72,15 @@ def fpga(
 def report(
     run: RunArgument,
     test: Annotated[bool, typer.Option("--test", help="Read the test split, once.")] = False,
+    trials: Annotated[
+        list[int] | None,
+        typer.Option("--trial", help="With --test: of this point alone. Repeatable."),
+    ] = None,
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """The front, what recovery gained, how good predictions were; --test reads the test split."""
+    from quant_ops.errors import UsageError
     from search.latency_tables import checks_to_dict
     from search.prediction import prediction_report
     from search.profiling import latency_checks
@@ -85,7 +90,9 @@ def report(
     from search.show import read_front
     from search.tables import front_to_dict, print_front, stdout_console
 
-    front = read_test_split(run, data=data) if test else read_front(run)
+    if trials and not test:
+        raise UsageError("--trial says which points --test reads; give --test, too")
+    front = read_test_split(run, data=data, trials=trials or None) if test else read_front(run)
     found, prediction = recoveries(run, front), prediction_report(run)
     if as_json:
         recovered = [recovery_to_dict(e, steps) for e, steps in found]

@@ -126,6 +126,22 @@ def test_the_test_split_is_read_once_and_by_report_alone(copy, search_call, tmp_
     assert search_call("show", copy).stdout == first.stdout
 
 
+def test_the_test_split_is_read_for_the_points_that_are_named(copy, search_call):
+    points = front_of(copy)["points"]
+    first = points[0]["trial"]
+    answer = search_call("report", copy, "--test", "--trial", first)
+    assert answer.code == 0, answer.stderr
+    read = {p["trial"]: p.get("test") for p in front_of(copy)["points"]}
+    assert read.pop(first) > 0
+    assert not any(read.values())
+    unknown = search_call("report", copy, "--test", "--trial", 4321)
+    assert unknown.code == 2
+    assert "has no trial 4321; it has " in unknown.stderr
+    alone = search_call("report", copy, "--trial", first)
+    assert alone.code == 2
+    assert "give --test, too" in alone.stderr
+
+
 def test_a_task_without_a_test_split_is_told_so(search_call, tiny, tmp_path):
     search_call("run", "--task", tiny("mlp"), "--trials", 3, "--out", tmp_path / "mlp")
     answer = search_call("report", tmp_path / "mlp", "--test")
