@@ -5,7 +5,7 @@ given the fewest bits [Tang2020].
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -99,6 +99,10 @@ class Importance:
             groups = choice.groups or (tuple(range(len(channels[choice.name]))),)
             genes[choice.name] = np.array([channels[choice.name][list(g)].mean() for g in groups])
         return cls(criterion, channels, genes, levels)
+
+    def with_levels(self, levels: Mapping[str, float]) -> "Importance":
+        """The same ranking inside of layers, other means of the layers."""
+        return replace(self, levels=levels)
 
     @cached_property
     def order(self) -> Mapping[str, NDArray[np.intp]]:

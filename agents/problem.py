@@ -11,8 +11,11 @@ from agents.size_model import SizeModel
 from agents.structure import Ahead, Structure
 from quant_ops.errors import UsageError
 from search.space import SearchSpace
+from search.strategies.distortion import measure_table
 from search.strategy import Context
 
+LAW_WIDTHS = (2, 3, 4)  # between a layer that is destroyed and one whose loss is noise
+LEAST_LOSS = 1e-9
 LEVELS = np.linspace(-16.0, 24.0, 161)  # bits; between them straight lines
 
 
@@ -45,6 +48,8 @@ class Problem:
         """From what the engine offers; `tilt` is how far layers are trusted to differ, 0 to 1."""
         space = context.space
         importance = Importance.of(space, context.channel_facts(), criterion)
+        if any(e.strategy == "rate-distortion" for e in context.history()):
+            importance = importance.with_levels(_measured_levels(context))
         layers = layers_of(space, importance, tilt)
         largest = context.size_of(space.largest())
         high = min(context.budgets.get("size_bytes", largest), largest)
@@ -127,3 +132,23 @@ def require_prunable(space: SearchSpace, strategy: str, instead: str) -> None:
         f"strategy {strategy!r} prunes channels, but this network has nothing to prune: {reason}; "
         f"to choose widths alone use --strategy {instead}"
     )
+
+
+def _measured_levels(context: Context) -> dict[str, float]:
+    """Layer name to the mean importance of its channels, from the table of rate-distortion.
+
+    Importance is what the loss of a layer alone is of 4^-width, at the widths where that holds.
+    """
+    layer_of = context.space.graph.layer_of
+    table = measure_table(context)
+    levels = dict.fromkeys(layer_of, LEAST_LOSS)  # of a residual beside a layer
+    for group, losses in zip(table.groups, table.losses, strict=True):
+        name = group.names[0]
+        if name in layer_of:
+            alone = group.alone()
+            widths = np.array(group.widths[0])[[group.choices[c][0] for c in alone]]
+            in_law = np.isin(widths, LAW_WIDTHS)
+            falls = (losses[alone] * 4.0**widths)[in_law | (not in_law.any())]
+            level = np.exp(np.log(np.maximum(falls, LEAST_LOSS)).mean())
+            levels[name] = float(level) / layer_of[name].out_channels
+    return levels

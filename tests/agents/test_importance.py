@@ -1,11 +1,14 @@
 """Five criteria on numbers whose answer is known; ties share a rank."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from agents.importance import CRITERIA, Importance
+from agents.problem import Problem
 from quant_ops.sensitivity import sampled_label_gradient
 from quant_ops.weight_gradients import hessian_traces
 from search.capture import trace
@@ -13,6 +16,7 @@ from search.choices import build_space
 from search.config import RunConfig
 from search.prepare import prepare
 from search.strategy import ChannelFacts
+from search.testing import AdditiveTask, FakeContext
 
 FACTS = ChannelFacts(
     weights=np.array([[3.0, -4.0], [0.0, 1.0], [-7.0, 0.0]]),
@@ -114,3 +118,16 @@ def test_order_is_from_the_least_important_on(ranked):
 def test_an_unknown_criterion_is_refused(ranked):
     with pytest.raises(ValueError, match="importance must be one of weight-sum"):
         Importance.of(None, {}, "magic")
+
+
+def test_where_layers_were_measured_alone_their_table_says_what_each_matters():
+    task = AdditiveTask.make(n_layers=4, n_groups=4, widths=(0.0, 1.0, 2.0, 3.0, 4.0, 8.0), seed=5)
+    context = FakeContext(task)
+    by_criterion = Problem.of(context, "taylor", 3).importance
+    (known,) = context.evaluate([task.space.uniform(4)])
+    context.answered[known.candidate] = replace(known, strategy="rate-distortion")
+    measured = Problem.of(context, "taylor", 3).importance
+    for layer in task.space.layers:  # the loss of a layer alone is its sensitivity x 4^-width
+        assert measured.levels[layer.name] == pytest.approx(task.sensitivity[layer.name] / 8)
+        assert np.array_equal(measured.genes[layer.name], by_criterion.genes[layer.name])
+    assert measured.levels != by_criterion.levels
