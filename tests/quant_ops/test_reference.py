@@ -1,12 +1,19 @@
 """Single operators of the integer program against an oracle in float64, exact by powers of two."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference_oracle import Through, assert_both_engines_agree, check, images, random_model
+from reference_oracle import (
+    AVERAGES,
+    CONVOLUTIONS,
+    FUNCTIONS,
+    Through,
+    assert_both_engines_agree,
+    check,
+    images,
+    random_model,
+)
 from torch import Tensor, nn
 
 from quant_ops.bit_widths import BIT_WIDTHS
@@ -18,26 +25,6 @@ from quant_ops.reference import run
 from quant_ops.requantize import Codes
 from search.capture import trace
 
-CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
-    "plain": (nn.Conv2d(3, 4, 3), (2, 3, 7, 8)),
-    "strided and padded": (nn.Conv2d(3, 4, (3, 2), stride=(2, 3), padding=(1, 2)), (2, 3, 7, 8)),
-    "dilated": (nn.Conv2d(3, 4, 3, dilation=2, padding=2), (2, 3, 7, 8)),
-    "grouped": (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 6, 6)),
-    "depthwise": (nn.Conv2d(4, 8, 3, groups=4, padding=1), (2, 4, 6, 6)),
-    "same, asymmetric": (nn.Conv2d(3, 4, (2, 4), padding="same"), (2, 3, 7, 8)),
-    "valid": (nn.Conv2d(3, 4, 3, padding="valid"), (2, 3, 7, 8)),
-    "one-dimensional": (nn.Conv1d(3, 4, 5, stride=2, padding=3), (2, 3, 17)),
-    "three-dimensional": (nn.Conv3d(2, 3, 2, padding=1), (2, 2, 4, 3, 5)),
-    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 4, 5)),
-    "transposed, grouped, cropped": (
-        nn.ConvTranspose2d(4, 6, 3, stride=2, padding=2, output_padding=1, groups=2),
-        (2, 4, 4, 5),
-    ),
-    "transposed, dilated": (nn.ConvTranspose2d(3, 2, 2, dilation=2, padding=3), (2, 3, 8, 8)),
-    "transposed, one-dimensional": (nn.ConvTranspose1d(3, 2, 4, stride=3), (2, 3, 6)),
-    "linear on four axes": (nn.Linear(5, 4), (2, 3, 2, 5)),
-}
-
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_a_convolution_equals_the_oracle_with_mixed_widths_and_zero_points(case: str) -> None:
@@ -45,49 +32,9 @@ def test_a_convolution_equals_the_oracle_with_mixed_widths_and_zero_points(case:
     check(module, images(*shape), seeds=3, widths=BIT_WIDTHS)
 
 
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardtanh": lambda x: F.hardtanh(x, -0.3, 0.4),
-    "clamp": lambda x: x.clamp(max=0.25).flatten(1),
-    "a relu read with its source": lambda x: torch.cat([F.relu(x), x], 1),
-    "a relu6 read with its source": lambda x: torch.cat([F.relu6(x), x], 1),
-    "add": lambda x: F.relu(x + x.flip(2)),
-    "sub with a factor": lambda x: torch.sub(x, x.flip(3), alpha=0.5) + 0.25,
-    "scaling": lambda x: (2 - x * 4) / 2,
-    "negation": lambda x: -x,
-    "product": lambda x: F.relu(x * x.transpose(2, 3)),
-    "squeeze and excite": lambda x: x * F.relu6(x.mean((2, 3), keepdim=True)),
-    "cat": lambda x: torch.cat([x, x.mean((2, 3), keepdim=True).expand_as(x), -x], 1).relu(),
-    "pad": lambda x: F.pad(x, (1, 2, 0, 1, 2, 2)) * 2,
-    "option A": lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)) + 0.5,
-    "max pool": lambda x: F.max_pool2d(x, 3, stride=2, padding=1) * 2,
-    "max pool with indices": lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
-    "maximum over an axis": lambda x: x.max(2).values + x.amax(3),
-    "split": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1).reshape(x.shape[0], -1),
-    "nearest upsampling": lambda x: F.interpolate(x, scale_factor=2.0) + 1,
-    "pixel shuffle": lambda x: F.pixel_shuffle(x, 2).permute(0, 2, 3, 1),
-    "sum over space": lambda x: x.sum((2, 3)),
-}
-
-
 @pytest.mark.parametrize("case", FUNCTIONS)
 def test_an_operator_equals_the_oracle(case: str) -> None:
     check(Through(FUNCTIONS[case]), images(2, 3, 6, 6), seeds=3, activation_bits=(4, 8))
-
-
-AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "global": lambda x: F.adaptive_avg_pool2d(x, 1),
-    "uneven windows": lambda x: F.adaptive_avg_pool2d(x, (4, 3)),
-    "mean": lambda x: x.mean(3),
-    "pool that counts padding": lambda x: F.avg_pool2d(x, 3, stride=2, padding=1),
-    "pool without padding": lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
-    "pool past the end": lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True),
-    "pool past the end, padding not counted": lambda x: F.avg_pool2d(
-        x, (2, 3), (3, 2), (1, 0), True, False
-    ),
-    "pool with its own divisor": lambda x: F.avg_pool2d(x, 3, divisor_override=5),
-}
 
 
 @pytest.mark.parametrize("case", AVERAGES)

@@ -27,8 +27,8 @@ from search.exporters.onnx_graph.network import with_codes, write_network
 from search.exporters.onnx_runtime import onnx_bytes, runner_of
 from search.vectors import run_packed
 
-REFERENCE_TESTS = Path(__file__).parents[2] / "quant_ops" / "test_reference.py"
-_spec = importlib.util.spec_from_file_location("reference_models", REFERENCE_TESTS)
+REFERENCE_MODELS = Path(__file__).parents[2] / "quant_ops" / "reference_oracle.py"
+_spec = importlib.util.spec_from_file_location("reference_models", REFERENCE_MODELS)
 assert _spec is not None
 assert _spec.loader is not None
 reference_models = importlib.util.module_from_spec(_spec)

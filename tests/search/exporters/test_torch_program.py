@@ -20,8 +20,8 @@ from search.exporters.torch_graph import unpacked
 from search.exporters.torch_program import TorchExporter
 from search.vectors import make_vectors, run_packed
 
-REFERENCE_TESTS = Path(__file__).parents[2] / "quant_ops" / "test_reference.py"
-_spec = importlib.util.spec_from_file_location("reference_models_for_torch", REFERENCE_TESTS)
+REFERENCE_MODELS = Path(__file__).parents[2] / "quant_ops" / "reference_oracle.py"
+_spec = importlib.util.spec_from_file_location("reference_models_for_torch", REFERENCE_MODELS)
 assert _spec is not None
 assert _spec.loader is not None
 reference_models = importlib.util.module_from_spec(_spec)
