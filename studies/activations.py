@@ -9,9 +9,10 @@ studies/rows/activations.jsonl; a killed run is resumed.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
+
+from row_file import RowFile
 
 import search
 from quant_ops.edges import activation_edges
@@ -23,7 +24,7 @@ from search.report import read_test_split
 from search.tasks.table import load_task
 
 SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
-ROWS = Path(__file__).parent / "rows" / "activations.jsonl"
+ROWS = RowFile("activations")
 
 
 def main() -> None:
@@ -77,9 +78,7 @@ def main() -> None:
         "recipe": point.recipe,
         "seconds": round(seconds, 1),
     }
-    ROWS.parent.mkdir(exist_ok=True)
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    ROWS.append(row)
     print(row)
 
 
@@ -100,8 +99,7 @@ def print_table() -> None:
     """Every row, test beside the float network's."""
     print("| setting | seed | file bytes | validation loss | validation | test (float) |")
     print("|---|---|---|---|---|---|")
-    for line in ROWS.read_text().splitlines():
-        row = json.loads(line)
+    for row in ROWS:
         test = "-"
         if row["test"] is not None:
             test = f"{100 * row['test']:.2f} % ({100 * row['float_test']:.2f} %)"

@@ -13,7 +13,6 @@ measuring candidates or channels.
 
 import argparse
 import contextlib
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from row_file import RowFile
 
 from quant_ops.candidate import Candidate
 from search.budget import Budgets, parse_size
@@ -53,7 +53,7 @@ BUDGETS = {
     "digits": ("1MB", "1.5MB", "2MB", "3MB", "4MB"),
 }
 PREPARED: dict[str, Prepared] = {}
-ROWS = Path(__file__).parent / "rows" / "ajpq.jsonl"
+ROWS = RowFile("ajpq")
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
     if arguments.table:
         names = ("task", "evaluations", "images", "workers")
         same = {name: getattr(arguments, name) for name in names}
-        print_tables([r for r in read_rows() if all(r.get(k, 0) == v for k, v in same.items())])
+        print_tables([r for r in ROWS if all(r.get(k, 0) == v for k, v in same.items())])
         return
     for seed in SEEDS[: arguments.seeds]:
         for part in (arguments.part,) if arguments.part else ("cold", "warm", "budgets"):
@@ -95,7 +95,7 @@ def measure_cell(arguments: argparse.Namespace, part: str, method: str, seed: in
         "evaluations": arguments.evaluations, "images": arguments.images,
         "workers": arguments.workers,
     }  # fmt: skip
-    if any(all(row.get(k, 0) == v for k, v in keys.items()) for row in read_rows()):
+    if any(all(row.get(k, 0) == v for k, v in keys.items()) for row in ROWS):
         return
     folder = arguments.out / "-".join(str(v) for v in keys.values()).replace(" ", "-")
     started = time.monotonic()
@@ -132,9 +132,7 @@ def measure_cell(arguments: argparse.Namespace, part: str, method: str, seed: in
         "seconds": round(time.monotonic() - started, 1),
         "own_share": round(1 - measuring / max(searching, 1e-9), 3),
     }
-    ROWS.parent.mkdir(exist_ok=True)
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    ROWS.append(row)
     print({k: v for k, v in row.items() if k not in ("front", "scale")}, flush=True)
 
 
@@ -260,11 +258,6 @@ def best_at(evaluations: list[Evaluation], size_bytes: int) -> float | None:
     """Lowest loss at or under a size."""
     losses = [e.loss for e in evaluations if e.size_bytes <= size_bytes]
     return min(losses, default=None)
-
-
-def read_rows() -> list[dict]:
-    """All rows."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
 def print_tables(rows: list[dict]) -> None:

@@ -10,12 +10,13 @@ budget, go to studies/rows/budgets.jsonl; a task whose rows are there is not run
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from row_file import RowFile
 
 import search
 from cost_models.fpga.families import family
@@ -38,7 +39,7 @@ from search.task import Task
 from search.tasks.table import load_task
 
 SEED, FAMILY = 0, "xc7"
-ROWS = Path(__file__).parent / "rows" / "budgets.jsonl"
+ROWS = RowFile("budgets")
 YOSYS_S = 3600.0
 # Task to its limits and the settings of its search.
 SEARCHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -70,13 +71,11 @@ def main() -> None:
     if arguments.table:
         print_table()
         return
-    known = {row["task"] for row in read_rows()}
+    known = {row["task"] for row in ROWS}
     for name in [arguments.task] if arguments.task else SEARCHES:
         if name not in known:
             rows = study(name, arguments.data, arguments.out)
-            ROWS.parent.mkdir(exist_ok=True)
-            with ROWS.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            ROWS.append(*rows)
 
 
 def study(name: str, data: Path | None, out: Path) -> list[dict[str, Any]]:
@@ -160,16 +159,11 @@ STATED: dict[str, Callable[[], float]] = {
 }
 
 
-def read_rows() -> list[dict[str, Any]]:
-    """The kept rows, none if there are none."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
 def print_table() -> None:
     """Rows as Markdown."""
     print("| task | cost | limit | predicted | measured | off by | met |")
     print("|---|---|---|---|---|---|---|")
-    for row in read_rows():
+    for row in ROWS:
         off = 100 * (row["predicted"] / row["measured"] - 1)
         met = "yes" if row["met"] else "within the error" if row["within_error"] else "no"
         numbers = " | ".join(f"{row[key]:,.6g}" for key in ("limit", "predicted", "measured"))

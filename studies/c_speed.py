@@ -28,6 +28,7 @@ from onnxruntime.quantization import (
     quant_pre_process,
     quantize_static,
 )
+from row_file import RowFile
 
 from quant_ops.candidate import Candidate
 from quant_ops.lowering import lower
@@ -43,7 +44,7 @@ from search.finish import pack_trial
 from search.prepare import Prepared, prepare
 from search.tasks.table import load_task
 
-ROWS = Path(__file__).parent / "rows" / "c_speed.jsonl"
+ROWS = RowFile("c_speed")
 ROUNDS, CALIBRATION = 400, 256
 Timed = Callable[[], Any]
 
@@ -66,9 +67,7 @@ def main() -> None:
     row |= {"processor": processor(), "packed_bytes": packed.size_bytes}
     with tempfile.TemporaryDirectory() as scratch:
         row |= measured(prepared, packed, Path(scratch))
-    ROWS.parent.mkdir(exist_ok=True)
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    ROWS.append(row)
     for key, value in row.items():
         print(f"{key:32} {value}")
 

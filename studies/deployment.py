@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from row_file import RowFile
 from torch import Tensor
 
 from quant_ops.lowering import lower
@@ -43,7 +44,7 @@ from search.exporters.torch_program import TorchExporter
 from search.tasks.table import load_task
 from search.vectors import Vectors
 
-ROWS = Path(__file__).parent / "rows" / "deployment.jsonl"
+ROWS = RowFile("deployment")
 CHUNK, FEW = 500, 1000
 Row = dict[str, Any]
 Measure = Callable[[Tensor, Tensor], Row]
@@ -68,7 +69,7 @@ def main() -> None:
     packed = PackedModel.load(arguments.file)
     what = "test" if arguments.test else "validation"
     split = load_split(task.test() if arguments.test else task.validation, what=what, batch=CHUNK)
-    kept = {(row["digest"], row["split"], row["target"], row["start"]) for row in rows()}
+    kept = {(row["digest"], row["split"], row["target"], row["start"]) for row in ROWS}
     with tempfile.TemporaryDirectory() as scratch:
         for target in arguments.targets.split(","):
             measure: Measure | None = None
@@ -95,16 +96,9 @@ def chunks(
         start += len(images)
 
 
-def rows() -> list[Row]:
-    """What was measured so far."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
 def keep(row: Row) -> None:
     """Append a row."""
-    ROWS.parent.mkdir(exist_ok=True)
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    ROWS.append(row)
     print({key: row[key] for key in ("split", "target", "start", "cpu_seconds")}, flush=True)
 
 
@@ -242,7 +236,7 @@ def right(scores: NDArray[Any], labels: Tensor) -> int:
 def print_table() -> None:
     """Sums over the rows of each file, split and target."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows():
+    for row in ROWS:
         groups.setdefault((row["digest"], row["split"], row["target"]), []).append(row)
     for (digest, split, target), found in groups.items():
         images = sum(row["images"] for row in found)

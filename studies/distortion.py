@@ -8,12 +8,12 @@ once. The others are predicted from gradients (`--distortion`) on fewer images.
 """
 
 import argparse
-import json
 import time
 from datetime import date
 from pathlib import Path
 
 import torch
+from row_file import RowFile
 from scipy.stats import spearmanr
 
 from quant_ops.candidate import Candidate
@@ -22,7 +22,7 @@ from search.config import RunConfig
 from search.prepare import Prepared, prepare
 from search.tasks.table import load_task
 
-ROWS = Path(__file__).parent / "rows" / "distortion.jsonl"
+ROWS = RowFile("distortion")
 PREDICTED_ON = (128, 256)  # images
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -64,24 +64,22 @@ def main() -> None:
     print(f"{len(cells)} cells of {arguments.task}, {torch.get_num_threads()} threads")
     print("| measure | images | seconds | faster than plain | than exact | rank correlation |")
     print("|---|---|---|---|---|---|")
-    ROWS.parent.mkdir(exist_ok=True)
-    with ROWS.open("a") as file:
-        for measure, images, seconds, rank in rows:
-            print(
-                f"| {measure} | {images} | {seconds:.1f} | {plain_seconds / seconds:.2f}x "
-                f"| {exact_seconds / seconds:.2f}x | {rank:.4f} |"
-            )
-            row = {
-                "task": arguments.task,
-                "date": str(date.today()),
-                "cells": len(cells),
-                "threads": arguments.threads,
-                "measure": measure,
-                "images": images,
-                "seconds": round(seconds, 2),
-                "rank": round(float(rank), 4),
-            }
-            file.write(json.dumps(row) + "\n")
+    for measure, images, seconds, rank in rows:
+        print(
+            f"| {measure} | {images} | {seconds:.1f} | {plain_seconds / seconds:.2f}x "
+            f"| {exact_seconds / seconds:.2f}x | {rank:.4f} |"
+        )
+        row = {
+            "task": arguments.task,
+            "date": str(date.today()),
+            "cells": len(cells),
+            "threads": arguments.threads,
+            "measure": measure,
+            "images": images,
+            "seconds": round(seconds, 2),
+            "rank": round(float(rank), 4),
+        }
+        ROWS.append(row)
 
 
 def prepared_task(arguments: argparse.Namespace) -> Prepared:

@@ -9,12 +9,12 @@ time than that: what probes have in common is computed once.
 """
 
 import argparse
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from row_file import RowFile
 
 import search
 from quant_ops.candidate import Candidate
@@ -27,7 +27,7 @@ from search.record import Record
 from search.tasks.table import load_task
 
 IMAGES = 512
-ROWS = Path(__file__).parent / "rows" / "fronts.jsonl"
+ROWS = RowFile("fronts")
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,15 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        print_table(read_rows(), arguments.task)
+        print_table(list(ROWS), arguments.task)
         return
     keys = {"task": arguments.task, "method": arguments.method, "seed": arguments.seed}
-    if any(all(row[k] == v for k, v in keys.items()) for row in read_rows()):
+    if any(all(row[k] == v for k, v in keys.items()) for row in ROWS):
         print(f"{keys} is measured")
         return
     folder = arguments.out / "-".join(str(v) for v in keys.values())
     row = keys | measure(folder, arguments)
-    ROWS.parent.mkdir(exist_ok=True)
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    ROWS.append(row)
     print({k: v for k, v in row.items() if k != "front"})
 
 
@@ -118,11 +116,6 @@ def n_probes(arguments: argparse.Namespace) -> int:
     config = RunConfig(task=arguments.task, data=str(arguments.data))
     space = prepare(load_task(arguments.task, data=arguments.data), config).space
     return sum(len(c.bit_widths) for c in space.layers if len(c.bit_widths) > 1)
-
-
-def read_rows() -> list[dict]:
-    """All rows."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
 def print_table(rows: list[dict], task: str) -> None:

@@ -15,7 +15,6 @@ to rows/gradient.jsonl and kept; a killed run is resumed.
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
+from row_file import RowFile
 from scipy.stats import t as student
 
 import search
@@ -41,8 +41,8 @@ METHODS = (
     BASELINE, "hgq", "diffq", "bayesian-bits", "dqa", "fracbits", "self-compressing", "csq",
     "limpq",
 )  # fmt: skip
-ROWS = Path(__file__).parent / "rows" / "gradient.jsonl"
-PACE = ROWS.with_name("gradient_pace.jsonl")
+ROWS = RowFile("gradient")
+PACE = RowFile("gradient_pace")
 PACE_STEPS = 24  # of each size: enough for a median of both parts
 WHOLE_VALIDATION = 100_000  # --search-samples: more than any validation split holds
 
@@ -108,17 +108,17 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        print_table(read_rows(ROWS), arguments.task)
+        print_table(list(ROWS), arguments.task)
         return
     methods = METHODS if arguments.method == "all" else arguments.method.split(",")
     for seed in map(int, arguments.seed.split(",")):
         task = load_task(arguments.task, data=arguments.data, seed=seed)
         for method in methods:
             cell = Cell(arguments.task, method, seed, arguments.minutes)
-            if any(asdict(cell).items() <= row.items() for row in read_rows(ROWS)):
+            if any(asdict(cell).items() <= row.items() for row in ROWS):
                 continue
             row = asdict(cell) | measure(cell, task, arguments.out)
-            add_row(ROWS, row)
+            ROWS.append(row)
             print(row, flush=True)
 
 
@@ -147,14 +147,14 @@ def measure(cell: Cell, task: Task, out: Path) -> dict:
 def seconds_per_step(cell: Cell, task: Task, out: Path) -> float:
     """CPU seconds of a training step, mean of both parts; measured where it is not known."""
     key = {"task": cell.task, "method": cell.method}
-    for row in read_rows(PACE):
+    for row in PACE:
         if key.items() <= row.items():
             return float(row["ms_per_step"]) / 1e3
     watch = Stopwatch()
     folder = out / f"pace-{cell.task}-{cell.method}-{time.time():.0f}"
     run(cell, task, folder, PACE_STEPS, watch, {"harvest": "0"})
     seconds = watch.per_step(1 if cell.method == BASELINE else 2)
-    add_row(PACE, key | {"ms_per_step": round(1e3 * seconds, 3), "date": str(date.today())})
+    PACE.append(key | {"ms_per_step": round(1e3 * seconds, 3), "date": str(date.today())})
     return seconds
 
 
@@ -196,18 +196,6 @@ def sizes_of(task: Task) -> list[int]:
     cost = prepared.costs["size_bytes"].cost
     graph, space = prepared.traced.graph, prepared.space
     return [int(cost(graph, space.uniform(width))) for width in WIDTHS]
-
-
-def read_rows(path: Path) -> list[dict]:
-    """All rows."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def add_row(path: Path, row: Mapping[str, object]) -> None:
-    """Append one line."""
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def interval(values: list[float]) -> float:

@@ -25,6 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from row_file import RowFile
+
 SIDES = ("bitfront", "hgq2-jax", "hgq2-torch")
 SEEDS = range(5)
 SIZES = (64, 64, 32, 32, 10)
@@ -35,7 +37,7 @@ KEPT_PER_SECOND = 4
 EBOPS_SCALE = (2.0**8, 2.0**19)  # x axis of the hypervolume, log2; y is the error up to chance
 WORST_ERROR = 0.9
 HERE = Path(__file__).parent
-ROWS, KEPT = HERE / "rows" / "hgq.jsonl", Path("runs/hgq")
+ROWS, KEPT = RowFile("hgq"), Path("runs/hgq")
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
@@ -73,7 +75,7 @@ def measure(side: str, seed: int, arguments: argparse.Namespace) -> None:
         "side": side, "seed": seed, "seconds": arguments.seconds, "clock": arguments.clock,
         "compiled": compiled,
     }  # fmt: skip
-    if any(asked.items() <= row.items() for row in rows()):
+    if any(asked.items() <= row.items() for row in ROWS):
         return
     path = kept_path(asked)
     command = [sys.executable, __file__, "--run", side, str(seed)]
@@ -94,9 +96,7 @@ def measure(side: str, seed: int, arguments: argparse.Namespace) -> None:
         "front": [[round(e), round(err, 6), i] for e, err, i in front],
         "date": str(date.today()),
     }
-    ROWS.parent.mkdir(exist_ok=True)
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    ROWS.append(row)
     print({key: value for key, value in row.items() if key != "front"}, flush=True)
 
 
@@ -105,13 +105,6 @@ def kept_path(row: dict[str, Any]) -> Path:
     KEPT.mkdir(parents=True, exist_ok=True)
     name = f"{row['side']}-{row['seed']}-{row['seconds']:g}-{row['clock']}"
     return KEPT / f"{name}{'-compiled' if row['compiled'] else ''}.npz"
-
-
-def rows() -> list[dict[str, Any]]:
-    """What has been measured."""
-    if not ROWS.exists():
-        return []
-    return [json.loads(line) for line in ROWS.read_text().splitlines()]
 
 
 def initial_weights(seed: int) -> list[Any]:
@@ -384,7 +377,7 @@ def print_table(*, read_test: bool) -> None:
     """One line per run; the test split only where asked, of the frozen front."""
     print("| side | seed | seconds | ms/step | start s | hypervolume | error at 32k, 64k EBOPs |")
     print("|---|---|---|---|---|---|---|")
-    for row in rows():
+    for row in ROWS:
         at = [  # the best that costs no more
             min((e for c, e, _ in row["front"] if c <= limit), default=None)
             for limit in (32_000, 64_000)
@@ -399,7 +392,7 @@ def print_table(*, read_test: bool) -> None:
         if read_test:
             points = judge(kept_path(row), split=2, only={i for _, _, i in row["front"]})
             print(f"  test hypervolume {hypervolume(non_dominated(points)):.4f}")
-    print_means(rows())
+    print_means(list(ROWS))
     if read_test:
         commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
         with (HERE / "TEST_READS.md").open("a") as file:

@@ -10,9 +10,10 @@ it. With --test the frozen front is read once on the test split; write the read 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
+
+from row_file import RowFile
 
 import search
 from quant_ops.packed import PackedModel
@@ -28,7 +29,7 @@ SIZES = {
 }
 TRIALS = 60  # evaluations before recovery; the tables are measured besides
 SEARCH_SAMPLES = 2_500
-ROWS = Path(__file__).parent / "rows" / "post_training.jsonl"
+ROWS = RowFile("post_training")
 KEYS = ("task", "granularity", "size", "seed")
 # the best that existing tools are known to reach, and what is wanted here: % of the test images
 WANTED = dict(
@@ -80,7 +81,7 @@ def main() -> None:
     for size in SIZES[arguments.task]:
         row = row_at(front, folder, size, seconds)
         row |= {"seed": arguments.seed, "granularity": arguments.granularity}
-        keep(row)
+        ROWS.replace(row, KEYS)
         test = row["test"]
         print(
             size,
@@ -108,25 +109,9 @@ def row_at(front: ParetoFront, folder: Path, size: int, seconds: float) -> dict:
     }
 
 
-def read_rows() -> list[dict]:
-    """All rows."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
-def keep(row: dict) -> None:
-    """Put one row in the place of the one with the same keys; a second call takes no time."""
-    rows = {tuple(other[k] for k in KEYS): other for other in read_rows()}
-    key = tuple(row[k] for k in KEYS)
-    if key in rows and not row["seconds"]:
-        row = {**row, "seconds": rows[key]["seconds"]}
-    ROWS.parent.mkdir(exist_ok=True)
-    lines = [json.dumps(other) for other in (rows | {key: row}).values()]
-    ROWS.write_text("\n".join(lines) + "\n")
-
-
 def print_table() -> None:
     """Test accuracy of every size and seed, mean and margin over what is wanted."""
-    rows = read_rows()
+    rows = list(ROWS)
     for task, granularity in dict.fromkeys((r["task"], r["granularity"]) for r in rows):
         mine = [r for r in rows if (r["task"], r["granularity"]) == (task, granularity)]
         seeds = sorted({r["seed"] for r in mine})

@@ -13,9 +13,10 @@ read once, by --test.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
+
+from row_file import RowFile
 
 import search
 from search.evaluation import Evaluation
@@ -28,7 +29,7 @@ FLOAT_BYTES = 3_412_072  # of its file
 MACS = "62.7M"  # half of its operations
 TIMES = {5: 0.0, 8: 0.2, 12: 0.5, 16: 1.0}  # smaller: points of the test accuracy that may be lost
 FIXED_WANTED = 92.7  # % of the test images
-ROWS = Path(__file__).parent / "rows" / "published.jsonl"
+ROWS = RowFile("published")
 KEYS = ("task", "mode", "size", "seed", "minutes", "set")
 
 
@@ -63,7 +64,8 @@ def main() -> None:
         trials = {chosen(size, front, arguments.mode).trial for size in asked}
         front = read_test_split(folder, trials=trials)
     for size in asked:
-        keep(row_at(size, folder, front, arguments) | {"seconds": round(seconds, 1)})
+        row = row_at(size, folder, front, arguments) | {"seconds": round(seconds, 1)}
+        print(ROWS.replace(row, KEYS))
 
 
 def run(folder: Path, arguments: argparse.Namespace) -> None:
@@ -134,28 +136,11 @@ def row_at(size: int, folder: Path, front: ParetoFront, arguments: argparse.Name
     }
 
 
-def keep(row: dict) -> None:
-    """Put one row in the place of the one with the same keys; a second call takes no time."""
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    for other in rows:
-        if same(other, row) and row["seconds"] < other["seconds"]:
-            row = {**row, "seconds": other["seconds"]}
-    rows = [other for other in rows if not same(other, row)]
-    ROWS.write_text("".join(json.dumps(other) + "\n" for other in (*rows, row)))
-    print(row)
-
-
-def same(one: dict, other: dict) -> bool:
-    """Whether two rows are of the same cell."""
-    return all(one[key] == other[key] for key in KEYS)
-
-
 def print_table() -> None:
     """Every row beside what is wanted."""
     print("| mode | seed | file bytes | smaller | MACs | as found | test | wanted | minutes |")
     print("|---" * 9 + "|")
-    for line in ROWS.read_text().splitlines():
-        row = json.loads(line)
+    for row in ROWS:
         wanted = FIXED_WANTED
         if row["mode"] == "mixed":
             times = round(row["float_bytes"] / row["size"])

@@ -10,7 +10,6 @@ evaluations, one thread each.
 """
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import cloudpickle
 import torch
+from row_file import RowFile
 
 from quant_ops.candidate import Candidate
 from quant_ops.executor import Executor
@@ -28,7 +28,7 @@ from search.prepare import Prepared, prepare
 from search.runners.base import Job
 from search.tasks.table import load_task
 
-ROWS = Path(__file__).parent / "rows" / "throughput.jsonl"
+ROWS = RowFile("throughput")
 BATCHES = (64, 128, 256, 512)
 ROUNDS = 5
 
@@ -47,9 +47,7 @@ def main() -> None:
     row |= in_process(prepared, arguments.images)
     if not arguments.without_ray:
         row |= on_two_workers(prepared, arguments)
-    ROWS.parent.mkdir(exist_ok=True)
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    ROWS.append(row)
     for key, value in row.items():
         print(f"{key:32} {value}")
 

@@ -12,12 +12,12 @@ the test split is read once by --test.
 """
 
 import argparse
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from activations import pins_of
+from row_file import RowFile
 
 import search
 from search.capture import trace
@@ -28,7 +28,7 @@ from search.report import read_test_split
 from search.tasks.table import load_task
 
 TASK = "cifar10-resnet20"
-ROWS = Path(__file__).parent / "rows" / "training.jsonl"
+ROWS = RowFile("training")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def main() -> None:
     if arguments.test and not front.test:
         front = read_test_split(folder)
     row = {"row": arguments.row, "seed": arguments.seed, "set": arguments.set}
-    keep(row | outcome(folder, front) | {"seconds": round(seconds, 1)})
+    row |= outcome(folder, front) | {"seconds": round(seconds, 1)}
+    print(ROWS.replace(row, ("row", "seed", "set")))
 
 
 def train(row: Row, folder: Path, arguments: argparse.Namespace) -> None:
@@ -124,26 +125,13 @@ def measured(point: Evaluation, front: ParetoFront) -> dict:
     return {"loss": point.loss, "validation": point.metric, "test": front.test.get(point.trial)}
 
 
-def keep(row: dict) -> None:
-    """Put one row in the place of the one with the same keys; a second call takes no time."""
-    keys = ("row", "seed", "set")
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    for other in rows:
-        if all(other[k] == row[k] for k in keys) and row["seconds"] < other["seconds"]:
-            row = {**row, "seconds": other["seconds"]}
-    rows = [other for other in rows if any(other[k] != row[k] for k in keys)]
-    ROWS.write_text("".join(json.dumps(other) + "\n" for other in (*rows, row)))
-    print(row)
-
-
 def print_table() -> None:
     """Every row beside what is wanted."""
     print(
         "| row | recipe | seed | file bytes | recovered, test | trained, test | wanted | minutes |"
     )
     print("|---" * 8 + "|")
-    for line in ROWS.read_text().splitlines():
-        row = json.loads(line)
+    for row in ROWS:
         recipe = ", ".join(one.removeprefix("finetune.") for one in row["set"])
         tests = (row["recovered"]["test"], row["trained"]["test"])
         before, after = ("-" if x is None else f"{100 * x:.2f} %" for x in tests)
