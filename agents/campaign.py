@@ -186,8 +186,9 @@ class Campaign:
         self._baseline = Baseline(self._known, self._uniform)
 
     def _law(self) -> Law:
-        measured = any(e.strategy == "rate-distortion" for e in self._known)
-        return Law.of_table(self._context) if measured else Law.of_importance(self._problem)
+        if self._problem.is_measured:
+            return Law.of_table(self._context)
+        return Law.of_importance(self._problem)
 
     def _plain_goal(self, budget_bytes: float) -> Goal:
         limits = dict(self._context.budgets)

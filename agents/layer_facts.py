@@ -112,6 +112,7 @@ class LayerFacts:
 
 
 def layers_of(space: SearchSpace, importance: Importance, tilt: float) -> tuple[LayerFacts, ...]:
+    """Every layer of a space; `tilt` is how far layers are trusted to differ, 0 to 1."""
     priors = _priors(space, importance, tilt)
     graph = space.graph
     total = float(sum(graph.layer_of[c.name].n_weights for c in space.layers))
@@ -211,10 +212,8 @@ def prunable_genes(space: SearchSpace) -> list[NDArray[np.bool_]]:
     for choice in space.layers:
         n = space.graph.layer_of[choice.name].out_channels
         may = 0 in choice.bit_widths and len(choice.bit_widths) > 1
-        if not choice.groups:
-            out.append(
-                np.array([may])
-            )  # a whole layer at 0 bits is legal only where it is bypassed
+        if not choice.groups:  # a whole layer at 0 bits is legal only where it is bypassed
+            out.append(np.array([may]))
             continue
         stays = [any((choice.name, c) in held for c in group) for group in choice.groups]
         out.append(np.array([may and n > 1 and not s for s in stays]))

@@ -32,6 +32,7 @@ class Problem:
         limits: smallest and largest budget in bytes.
         groups: rank groups that the channel controller acts on, per layer.
         structure: limits that only pruning can meet; None where there are none.
+        is_measured: whether rate-distortion has measured each layer alone.
     """
 
     space: SearchSpace
@@ -42,14 +43,16 @@ class Problem:
     limits: tuple[float, float]
     groups: int
     structure: Structure | None = None
+    is_measured: bool = False
 
     @classmethod
     def of(cls, context: Context, criterion: str, groups: int, *, tilt: float = 1.0) -> "Problem":
         """From what the engine offers; `tilt` is how far layers are trusted to differ, 0 to 1."""
         space = context.space
         importance = Importance.of(space, context.channel_facts(), criterion)
-        if any(e.strategy == "rate-distortion" for e in context.history()):
-            importance = importance.with_levels(_measured_levels(context))
+        is_measured = any(e.strategy == "rate-distortion" for e in context.history())
+        if is_measured:
+            importance = importance.with_levels(_measured_levels(context) or importance.levels)
         layers = layers_of(space, importance, tilt)
         largest = context.size_of(space.largest())
         high = min(context.budgets.get("size_bytes", largest), largest)
@@ -58,7 +61,7 @@ class Problem:
         return cls(
             space, importance, layers, steps, SizeModel(space, largest),
             (float(min(low, high)), float(high)), groups,
-            Structure.of(context, importance, prunable_genes(space)),
+            Structure.of(context, importance, layers), is_measured,
         )  # fmt: skip
 
     @cached_property
@@ -138,6 +141,7 @@ def _measured_levels(context: Context) -> dict[str, float]:
     """Layer name to the mean importance of its channels, from the table of rate-distortion.
 
     Importance is what the loss of a layer alone is of 4^-width, at the widths where that holds.
+    Nothing where a layer has a choice, but none of these widths: as channels of 0 or 8 bits.
     """
     layer_of = context.space.graph.layer_of
     table = measure_table(context)
@@ -147,8 +151,10 @@ def _measured_levels(context: Context) -> dict[str, float]:
         if name in layer_of:
             alone = group.alone()
             widths = np.array(group.widths[0])[[group.choices[c][0] for c in alone]]
-            in_law = np.isin(widths, LAW_WIDTHS)
-            falls = (losses[alone] * 4.0**widths)[in_law | (not in_law.any())]
+            in_law = np.isin(widths, LAW_WIDTHS) | (len(widths) == 1)
+            if not in_law.any():
+                return {}
+            falls = (losses[alone] * 4.0**widths)[in_law]
             level = np.exp(np.log(np.maximum(falls, LEAST_LOSS)).mean())
             levels[name] = float(level) / layer_of[name].out_channels
     return levels

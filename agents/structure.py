@@ -1,18 +1,15 @@
 """Limits that widths cannot meet, as multiply-accumulates: what removing channels frees of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agents.importance import SCORE_FLOOR, Importance, ties_of
+from agents.layer_facts import Floats, Ints, LayerFacts
 from search.space import SearchSpace
 from search.strategy import Context
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.intp]
 
 UNMOVED = 0.99  # a cost that keeps so much of itself at the narrowest widths only pruning lowers
 
@@ -28,32 +25,29 @@ class Structure:
     Attributes:
         costs: names of those limits.
         sets: genes that leave together, those that lose least for what they free first.
-        levels: (sets,) half the binary logarithm of importance per share freed: bits, as priors.
-        level: (genes,) that of the gene's set; infinite for genes that free nothing.
+        level: (genes,) half the binary logarithm of the importance of the gene's set per share
+            freed: bits, as priors; infinite for genes that free nothing.
         frees: (genes,) share that the gene's set frees, divided among its genes.
     """
 
     costs: tuple[str, ...]
     sets: tuple[Ints, ...]
-    levels: Floats
     level: Floats
     frees: Floats
 
     @classmethod
     def of(
-        cls, context: Context, importance: Importance, prunable: list[NDArray[np.bool_]]
+        cls, context: Context, importance: Importance, layers: Sequence[LayerFacts]
     ) -> "Structure | None":
         """What the run's budgets ask for; None where widths can meet them or nothing is over."""
         space = context.space
         over = _over(context)
         if not over:
             return None
-        weight = np.concatenate(
-            [importance.genes[x.name] * importance.levels[x.name] for x in space.layers]
-        )
+        weight = np.concatenate([x.scores * importance.levels[x.name] for x in layers])
         floor = SCORE_FLOOR * float(weight.mean())
         found: list[tuple[float, list[int], float]] = []
-        for alike in _sets_by_layers(space, importance, prunable):
+        for alike in _sets_by_layers(space, layers):
             freed = _freed(context, over, alike[: max(1, len(alike) // 2)])
             if freed > 0:
                 worths = [max(float(weight[genes].sum()), floor) for genes in alike]
@@ -68,7 +62,7 @@ class Structure:
             level[genes] = bits
             frees[genes] = freed / len(genes)
         sets = tuple(np.array(genes, np.intp) for _, genes, _ in found)
-        return cls(tuple(over), sets, np.array([bits for bits, _, _ in found]), level, frees)
+        return cls(tuple(over), sets, level, frees)
 
     def freed(self, genomes: Ints) -> Floats:
         """(n,) shares that (n, genes) genomes free; positions of 0 are taken for 0 bits."""
@@ -120,12 +114,17 @@ class Ahead:
         return np.where(missing > 0, np.nextafter(self.levels[place], np.inf), -np.inf)
 
 
-def _sets_by_layers(
-    space: SearchSpace, importance: Importance, prunable: list[NDArray[np.bool_]]
-) -> list[list[list[int]]]:
+def _sets_by_layers(space: SearchSpace, layers: Sequence[LayerFacts]) -> list[list[list[int]]]:
     """Genes that leave together, those of the same layers side by side."""
-    may = set(np.flatnonzero(np.concatenate(prunable)).tolist()) - _last_ones(space, importance)
-    gene_of = _genes_of_channels(space)
+    may: set[int] = set()
+    gene_of: dict[tuple[str, int], int] = {}
+    for choice, layer in zip(space.layers, layers, strict=True):
+        keeps_one = bool(choice.groups) and not choice.may_vanish
+        going = layer.start + layer.going
+        may |= set(going.tolist()) - ({layer.start + int(layer.order[-1])} if keeps_one else set())
+        channels = range(space.graph.layer_of[choice.name].out_channels)
+        for gene, group in enumerate(choice.groups or (tuple(channels),), layer.start):
+            gene_of |= {(choice.name, channel): gene for channel in group}
     found: dict[tuple[str, ...], set[frozenset[int]]] = {}
     for tie in ties_of(space.graph):
         members = [member for member in tie.channels if member in gene_of]
@@ -167,23 +166,3 @@ def _freed(
     costs = context.cost_of(space.decode(genome.tolist()))
     shares = [(full - costs[name]) / surplus for name, (full, surplus) in over.items()]
     return float(np.mean(shares)) / len(sets)
-
-
-def _genes_of_channels(space: SearchSpace) -> dict[tuple[str, int], int]:
-    out, start = {}, 0
-    for choice in space.layers:
-        n = space.graph.layer_of[choice.name].out_channels
-        for gene, group in enumerate(choice.groups or (tuple(range(n)),)):
-            out.update({(choice.name, channel): start + gene for channel in group})
-        start += choice.n_genes
-    return out
-
-
-def _last_ones(space: SearchSpace, importance: Importance) -> set[int]:
-    """The most important gene of every layer that cannot vanish."""
-    out, start = set(), 0
-    for choice in space.layers:
-        if choice.groups and not choice.may_vanish:
-            out.add(start + int(importance.order[choice.name][-1]))
-        start += choice.n_genes
-    return out

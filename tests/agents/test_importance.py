@@ -131,3 +131,12 @@ def test_where_layers_were_measured_alone_their_table_says_what_each_matters():
         assert measured.levels[layer.name] == pytest.approx(task.sensitivity[layer.name] / 8)
         assert np.array_equal(measured.genes[layer.name], by_criterion.genes[layer.name])
     assert measured.levels != by_criterion.levels
+
+
+def test_a_table_without_widths_that_tell_layers_apart_leaves_the_criterion():
+    task = AdditiveTask.make(n_layers=4, n_groups=4, widths=(0.0, 8.0), seed=5)
+    context = FakeContext(task)
+    by_criterion = Problem.of(context, "taylor", 3).importance
+    (known,) = context.evaluate([task.space.uniform(8)])
+    context.answered[known.candidate] = replace(known, strategy="rate-distortion")
+    assert Problem.of(context, "taylor", 3).importance.levels == by_criterion.levels

@@ -53,12 +53,14 @@ def test_channels_go_by_importance_for_what_they_free():
     assert structure is not None
     assert structure.costs == ("macs",)
     assert len(structure.sets) == N  # nothing is tied here, and layers may vanish
-    for (gene,), level in zip(structure.sets, structure.levels, strict=True):
+    for (gene,) in structure.sets:
         layer = PROBLEM.layers[gene // 8]
         worth = layer.scores[gene % 8] * PROBLEM.importance.levels[layer.name]
         freed = SPACE.graph.layer_of[layer.name].macs / 8 / (0.5 * MACS)
         assert structure.frees[gene] == pytest.approx(freed)
-        assert level == pytest.approx(0.5 * np.log2(worth / freed))
+        assert structure.level[gene] == pytest.approx(0.5 * np.log2(worth / freed))
+    ordered = [structure.level[gene] for (gene,) in structure.sets]
+    assert ordered == sorted(ordered)
     trimmed = structure.trimmed(PROBLEM.widest[None])[0]
     gone = [int(genes[0]) for genes in structure.sets if trimmed[genes[0]] == 0]
     first = [int(genes[0]) for genes in structure.sets[: len(gone)]]
