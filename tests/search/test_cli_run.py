@@ -136,7 +136,7 @@ def test_the_test_split_is_read_for_the_points_that_are_named(copy, search_call)
     assert not any(read.values())
     unknown = search_call("report", copy, "--test", "--trial", 4321)
     assert unknown.code == 2
-    assert "has no trial 4321; it has " in unknown.stderr
+    assert "has no trial 4321; `search show" in unknown.stderr
     alone = search_call("report", copy, "--trial", first)
     assert alone.code == 2
     assert "give --test, too" in alone.stderr

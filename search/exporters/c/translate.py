@@ -42,10 +42,10 @@ from search.exporters.c.network import (
     Value,
     reads,
 )
-from search.exporters.c.pools import windows_of_maximum
 from search.exporters.c.reduced import ReducedProgram
 from search.exporters.c.weights import pack_rows
 from search.exporters.plain_calls import SORTING
+from search.exporters.pools import windows_of_maximum
 
 _AS_SHAPES = frozenset({"expand_as.default", "view_as.default"})
 

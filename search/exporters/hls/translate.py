@@ -24,13 +24,13 @@ from quant_ops.program import (
     Step,
 )
 from quant_ops.requantize import WIDE_LIMIT, Codes, Rescale
-from search.exporters.c.pools import Extreme, windows_of_maximum
 from search.exporters.hls.builder import SPATIAL, Builder, flat, image
 from search.exporters.hls.fixed import holding
 from search.exporters.hls.images import convolution, maxima, pointwise, pooling, window_sums
 from search.exporters.hls.network import Block, Inexpressible, Network, Value, Wiring
 from search.exporters.hls.rescaling import Stage
 from search.exporters.plain_calls import SORTING, plain, plain_call
+from search.exporters.pools import Extreme, windows_of_maximum
 from search.exporters.ports import Port
 from search.exporters.unrolled import RELU
 from search.exporters.wires import POOL, is_plain_pool, pair
