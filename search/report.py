@@ -51,7 +51,8 @@ def read_test_split(
     unknown = sorted(set(trials or ()) - points.keys())
     if unknown:
         raise UsageError(
-            f"the front of {folder} has no trial {unknown[0]}; `search show {folder}` lists its points"
+            f"the front of {folder} has no trial {unknown[0]}; "
+            f"`search show {folder}` lists its points"
         )
     asked = points if trials is None else trials
     todo = [trial for trial in points if trial in asked and trial not in metrics]

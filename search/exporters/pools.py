@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Span = tuple[NDArray[np.int64], NDArray[np.int64]]
+from quant_ops.windows import Span
 
 
 @dataclass(frozen=True, slots=True, eq=False)

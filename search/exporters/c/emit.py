@@ -1,16 +1,14 @@
 """The text of NAME.h and NAME.c."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from quant_ops.requantize import Rescale
 from search.exporters.c.fast import plan_fast
+from search.exporters.c.literals import Constants, as_input, as_output, float_text, scalars, type_of
 from search.exporters.c.memory import cache_lines, lay_out, rounded
 from search.exporters.c.network import (
-    TYPES,
     Conv,
     Copy,
     Network,
@@ -52,10 +50,9 @@ def emit(network: Network, name: str) -> Source:
 class _Emitter:
     network: Network
     name: str
-    constants: list[str] = field(default_factory=list)
+    constants: Constants = field(default_factory=Constants)
     body: list[str] = field(default_factory=list)
     repacking: list[str] = field(default_factory=list)
-    n_constant_bytes: int = 0
 
     def source(self) -> Source:
         layout = lay_out(self.network)
@@ -81,7 +78,7 @@ class _Emitter:
             self._code(ram, x86_ram, state_at),
             ram,
             x86_ram,
-            self.n_constant_bytes,
+            self.constants.n_bytes,
         )
 
     # text
@@ -107,7 +104,7 @@ class _Emitter:
             lies = " x ".join(str(n) for n in value.lies)
             lines += [
                 f"/* Input {number}: {shape}, lies as {lies};"
-                f" value = {_float(value.codes.scale)} * (code - {value.codes.zero_point}). */",
+                f" value = {float_text(value.codes.scale)} * (code - {value.codes.zero_point}). */",
                 f"#define {self.name.upper()}_INPUT_{number}_SIZE {value.n}",
                 f"{value.type}_t *{self.name}_input_{number}(void);",
                 f"void {self.name}_quantize_input_{number}(const float *x);",
@@ -116,7 +113,7 @@ class _Emitter:
             shape = " x ".join(str(n) for n in value.sizes)
             lines += [
                 f"/* Output {number}: {shape};"
-                f" value = {_float(value.codes.scale)} * (code - {value.codes.zero_point}). */",
+                f" value = {float_text(value.codes.scale)} * (code - {value.codes.zero_point}). */",
                 f"#define {self.name.upper()}_OUTPUT_{number}_SIZE {value.n}",
                 f"const {value.type}_t *{self.name}_output_{number}(void);",
             ]
@@ -145,7 +142,7 @@ class _Emitter:
             "#define BF_X86 0",
             "#endif",
             "",
-            *self.constants,
+            *self.constants.lines,
             "",
             "#if BF_X86",
             f"static uint8_t arena[{x86_ram}] __attribute__((aligned(64)));",
@@ -168,8 +165,8 @@ class _Emitter:
                 "",
                 f"void {name}_quantize_input_{number}(const float *x)",
                 "{",
-                f"    bf_quantize({self._at(value)}, {_out(value)}, x, "
-                f"{_float(value.codes.scale)}f, {outer}, {inner});",
+                f"    bf_quantize({self._at(value)}, {as_output(value)}, x, "
+                f"{float_text(value.codes.scale)}f, {outer}, {inner});",
                 "}",
                 "",
             ]
@@ -205,41 +202,8 @@ class _Emitter:
         ]
         return "\n".join(lines)
 
-    def _array(self, kind: str, label: str, values: Iterable[int]) -> str:
-        """A constant array; its name."""
-        numbers = [int(v) for v in values]
-        widths = {"uint8": 1, "uint16": 2, "int16": 2, "int32": 4, "int64": 8}
-        self.n_constant_bytes += widths[kind] * len(numbers)
-        text = [_number(kind, v) for v in numbers]
-        rows, line = [], "   "
-        for item in text:
-            if len(line) + len(item) + 2 > 100:
-                rows.append(line)
-                line = "   "
-            line += f" {item},"
-        rows.append(line)
-        self.constants += [f"static const {kind}_t {label}[] = {{", *rows, "};"]
-        return label
-
     def _at(self, value: Value) -> str:
         return f"(arena + {self.offsets[value.buffer]})"
-
-    def _rescale_arrays(self, index: int, rescale: Rescale, order: NDArray[np.int64] | None) -> str:
-        """Names of the arrays multiplier, offset, shift, one entry per set."""
-        shape = np.broadcast_shapes(
-            *(m.shape for m in rescale.multipliers), rescale.offset.shape, rescale.shift.shape
-        )
-        flat = [
-            np.broadcast_to(a, shape).reshape(-1)
-            for a in (*rescale.multipliers, rescale.offset, rescale.shift)
-        ]
-        if order is not None and flat[0].size > 1:
-            flat = [a[order] for a in flat]
-        *multipliers, offset, shift = flat
-        m = self._array("int32", f"m{index}", np.concatenate(multipliers))
-        o = self._array("int64", f"o{index}", offset)
-        s = self._array("uint8", f"s{index}", shift)
-        return f"{m}, {o}, {s}"
 
     # operations
 
@@ -261,36 +225,38 @@ class _Emitter:
             assert isinstance(operation, Relu)
             self.body.append(
                 f"    bf_relu({self._at(operation.target)}, {self._at(operation.source)}, "
-                f"{_in(operation.source)}, {operation.target.n});"
+                f"{as_input(operation.source)}, {operation.target.n});"
             )
 
     def _conv(self, index: int, op: Conv) -> None:
         rows = op.rows
-        data = self._array("uint8", f"w{index}", rows.data or b"\0")
+        data = self.constants.array("uint8", f"w{index}", rows.data or b"\0")
         blocks = [
             f"{{{b.kind}, {b.n_rows}, {b.factor}, {b.addend}, {b.row_bytes}, {b.offset}}}"
             for b in rows.blocks
         ]
-        self.n_constant_bytes += 24 * len(blocks)
-        self.constants.append(f"static const bf_block b{index}[] = {{{', '.join(blocks)}}};")
-        addends = self._array("int16", f"a{index}", rows.addends) if rows.addends else "NULL"
+        text = f"static const bf_block b{index}[] = {{{', '.join(blocks)}}};"
+        self.constants.add(text, 24 * len(blocks))
+        addends = (
+            self.constants.array("int16", f"a{index}", rows.addends) if rows.addends else "NULL"
+        )
         is_plain = bool((rows.order == np.arange(len(rows.order))).all())
-        order = "NULL" if is_plain else self._array("uint16", f"p{index}", rows.order)
-        constants = self._rescale_arrays(index, op.rescale, rows.order)
+        order = "NULL" if is_plain else self.constants.array("uint16", f"p{index}", rows.order)
+        constants = self.constants.rescaling(index, op.rescale, rows.order)
         n_shared = 1 if op.rescale.shift.size == 1 else 0
         r = op.rescale
         numbers: list[int | Sequence[int]] = [
-            _type(op.source), _type(op.target), op.source.codes.zero_point, r.zero_point, r.low,
+            type_of(op.source), type_of(op.target), op.source.codes.zero_point, r.zero_point, r.low,
             r.high, op.sizes, op.out_sizes, op.kernel, op.stride, op.padding, op.dilation,
             op.spread, op.channels, op.out_channels, op.groups, len(rows.blocks), n_shared,
             int(op.bits == 64), int(not rows.fits_int8), rows.depth,
         ]  # fmt: skip
-        self.n_constant_bytes += 4 * sum(1 if isinstance(n, int) else len(n) for n in numbers)
+        n_numbers = sum(1 if isinstance(n, int) else len(n) for n in numbers)
         text = ", ".join(
             str(n) if isinstance(n, int) else "{" + ", ".join(str(k) for k in n) + "}"
             for n in numbers
         )
-        self.constants.append(f"static const bf_conv c{index} = {{{text}}};")
+        self.constants.add(f"static const bf_conv c{index} = {{{text}}};", 4 * n_numbers)
         literal = f"{data}, b{index}, {addends}, {order}, {constants}"
         where = f"{self._at(op.source)}, {self._at(op.target)}"
         lines = [
@@ -323,11 +289,11 @@ class _Emitter:
         ]
 
     def _sum(self, index: int, op: Sum) -> None:
-        constants = self._rescale_arrays(index, op.rescale, None)
+        constants = self.constants.rescaling(index, op.rescale, None)
         pointers = ", ".join(self._at(v) for v in op.sources)
-        types = ", ".join(f"{{{_type(v)}, {v.codes.zero_point}}}" for v in op.sources)
+        types = ", ".join(f"{{{type_of(v)}, {v.codes.zero_point}}}" for v in op.sources)
         sets = max(op.rescale.shift.size, op.rescale.offset.size)
-        where = f"{self._at(op.target)}, {_out(op.target, op.rescale)}, {len(op.sources)}, "
+        where = f"{self._at(op.target)}, {as_output(op.target, op.rescale)}, {len(op.sources)}, "
         where += f"sources, from, {op.target.n}"
         is_narrow = all(v.type in ("uint8", "int8") for v in (*op.sources, op.target))
         fast = [
@@ -349,15 +315,16 @@ class _Emitter:
     def _product(self, op: Product) -> None:
         a, b = op.sources
         self.body.append(
-            f"    bf_product({self._at(op.target)}, {_out(op.target, op.rescale)}, {self._at(a)}, "
-            f"{_in(a)}, {self._at(b)}, {_in(b)}, {op.target.n}, {_scalars(op.rescale)});"
+            f"    bf_product({self._at(op.target)}, {as_output(op.target, op.rescale)}, "
+            f"{self._at(a)}, {as_input(a)}, {self._at(b)}, {as_input(b)}, {op.target.n}, "
+            f"{scalars(op.rescale)});"
         )
 
     def _part(self, op: Part) -> None:
         self.body.append(
-            f"    bf_part({self._at(op.target)}, {_out(op.target, op.rescale)}, "
-            f"{self._at(op.source)}, {_in(op.source)}, {op.outer}, {op.inner}, {op.pitch}, "
-            f"{op.offset}, {_scalars(op.rescale)});"
+            f"    bf_part({self._at(op.target)}, {as_output(op.target, op.rescale)}, "
+            f"{self._at(op.source)}, {as_input(op.source)}, {op.outer}, {op.inner}, {op.pitch}, "
+            f"{op.offset}, {scalars(op.rescale)});"
         )
 
     def _copy(self, index: int, op: Copy) -> None:
@@ -366,10 +333,10 @@ class _Emitter:
         for axis in op.axes:
             triples += [axis.count, axis.stride, len(tables) if axis.table else -1]
             tables += [-(2**31) if t is None else t for t in axis.table]
-        axes = self._array("int32", f"x{index}", triples)
-        table = self._array("int32", f"t{index}", tables) if tables else "NULL"
+        axes = self.constants.array("int32", f"x{index}", triples)
+        table = self.constants.array("int32", f"t{index}", tables) if tables else "NULL"
         self.body.append(
-            f"    bf_copy({self._at(op.target)}, {self._at(op.source)}, {_in(op.source)}, "
+            f"    bf_copy({self._at(op.target)}, {self._at(op.source)}, {as_input(op.source)}, "
             f"{op.start}, {len(op.axes)}, {axes}, {table});"
         )
 
@@ -380,46 +347,16 @@ class _Emitter:
             places.append(-1 if window is None else len(tables))
             if window is not None:
                 tables += [*window[0].tolist(), *window[1].tolist()]
-        table = self._array("int32", f"t{index}", tables) if tables else "NULL"
+        table = self.constants.array("int32", f"t{index}", tables) if tables else "NULL"
         kind = f"BF_POOL_{op.kind.upper()}"
         lists = ["{" + ", ".join(str(n) for n in part) + "}"
                  for part in (op.sizes, op.out_sizes, op.step, places)]  # fmt: skip
-        self.n_constant_bytes += 68
-        self.constants.append(f"static const bf_pool q{index} = {{{kind}, {', '.join(lists)}}};")
+        self.constants.add(f"static const bf_pool q{index} = {{{kind}, {', '.join(lists)}}};", 68)
         sets, constants = 0, "NULL, NULL, NULL"
         if op.rescale is not None:
-            constants = self._rescale_arrays(index, op.rescale, None)
+            constants = self.constants.rescaling(index, op.rescale, None)
             sets = op.rescale.shift.size
         self.body.append(
-            f"    bf_pools(&q{index}, {table}, {self._at(op.source)}, {_in(op.source)}, "
-            f"{self._at(op.target)}, {_out(op.target, op.rescale)}, {sets}, {constants});"
+            f"    bf_pools(&q{index}, {table}, {self._at(op.source)}, {as_input(op.source)}, "
+            f"{self._at(op.target)}, {as_output(op.target, op.rescale)}, {sets}, {constants});"
         )
-
-
-def _number(kind: str, value: int) -> str:
-    if kind == "int64":
-        return f"INT64_C({value})"
-    return "BF_HOLE" if kind == "int32" and value == -(2**31) else str(value)
-
-
-def _type(value: Value) -> int:
-    return list(TYPES).index(value.type)
-
-
-def _in(value: Value) -> str:
-    return f"(bf_in){{{_type(value)}, {value.codes.zero_point}}}"
-
-
-def _out(value: Value, rescale: Rescale | None = None) -> str:
-    meaning = value.codes if rescale is None else rescale
-    return f"(bf_out){{{_type(value)}, {meaning.zero_point}, {meaning.low}, {meaning.high}}}"
-
-
-def _scalars(rescale: Rescale) -> str:
-    (multiplier,) = rescale.multipliers
-    return f"{multiplier.item()}, INT64_C({rescale.offset.item()}), {rescale.shift.item()}"
-
-
-def _float(value: float) -> str:
-    """A float32 number that C reads back exactly."""
-    return f"{float(np.float32(value)):.9g}" if value != int(value) else f"{int(value)}.0"

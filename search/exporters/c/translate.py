@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from quant_ops.edges import SPLITTING
 from quant_ops.errors import UsageError
 from quant_ops.graph import Ref
 from quant_ops.operators import implementation
@@ -15,7 +16,6 @@ from quant_ops.program import (
     Call,
     Combine,
     Concatenate,
-    Constant,
     Convolution,
     Input,
     MatMul,
@@ -27,12 +27,11 @@ from quant_ops.program import (
 )
 from quant_ops.requantize import Codes, Rescale
 from search.exporters.base import Refusal
-from search.exporters.c.moves import HOLE, Map, is_identity, loops
+from search.exporters.c.buffers import Buffers
+from search.exporters.c.moves import HOLE
 from search.exporters.c.network import (
     Conv,
-    Copy,
     Network,
-    Operation,
     Part,
     Pool,
     Product,
@@ -40,14 +39,11 @@ from search.exporters.c.network import (
     Sizes,
     Sum,
     Value,
-    reads,
 )
 from search.exporters.c.reduced import ReducedProgram
 from search.exporters.c.weights import pack_rows
-from search.exporters.plain_calls import SORTING
+from search.exporters.plain_calls import SORTING, plain_args, plain_call
 from search.exporters.pools import windows_of_maximum
-
-_AS_SHAPES = frozenset({"expand_as.default", "view_as.default"})
 
 
 def translate(reduced: ReducedProgram) -> Network:
@@ -76,14 +72,11 @@ class _Translation:
     def __init__(self, reduced: ReducedProgram) -> None:
         self.program = reduced.program
         self.layers = reduced.layers
-        self.nodes = reduced.graph.nodes
+        self.graph, self.nodes = reduced.graph, reduced.graph.nodes
         self.values: dict[int, Value] = {}
         self.static: dict[int, Any] = {}
-        self.buffers: list[int] = []
-        self.operations: list[Operation] = []
-        self.origins: dict[int, tuple[Value, Map]] = {}  # buffer of a copy: what it was copied from
         ranks = {len(s.stride) for s in self.program.steps if isinstance(s, Convolution)}
-        self.spatial_ranks = {rank + 1 for rank in ranks} | {3, 4}
+        self.buffers = Buffers(frozenset({rank + 1 for rank in ranks} | {3, 4}))
         self.handlers: dict[type[Step], Callable[[Any], None]] = {
             Input: self._input,
             Convolution: self._convolution,
@@ -104,36 +97,14 @@ class _Translation:
             handler(step)
         outputs = tuple(self._output(number) for number in self.program.outputs)
         inputs = tuple(self.values[s.out] for s in self.program.steps if isinstance(s, Input))
-        return Network(inputs, outputs, tuple(self.buffers), self._needed(outputs))
-
-    def _needed(self, outputs: Sequence[Value]) -> tuple[Operation, ...]:
-        """The operations without copies that nothing reads."""
-        read = {value.buffer for value in outputs}
-        kept: list[Operation] = []
-        for operation in reversed(self.operations):
-            if isinstance(operation, Copy) and operation.target.buffer not in read:
-                continue
-            kept.append(operation)
-            read |= {value.buffer for value in reads(operation)}
-        return tuple(reversed(kept))
+        return Network(inputs, outputs, tuple(self.buffers.sizes), self.buffers.needed(outputs))
 
     # values
-
-    def _order(self, rank: int) -> tuple[int, ...]:
-        """How a new value of `rank` axes (without the batch) lies."""
-        if rank in self.spatial_ranks:
-            return (*range(1, rank), 0)
-        return tuple(range(rank))
 
     def _codes(self, number: int) -> Codes:
         codes = self.program.codes[number]
         assert codes is not None
         return codes
-
-    def _new(self, sizes: Sequence[int], order: tuple[int, ...], codes: Codes) -> Value:
-        value = Value(len(self.buffers), tuple(sizes), order, codes)
-        self.buffers.append(value.n_bytes)
-        return value
 
     def _sizes(self, number: int) -> tuple[int, ...]:
         shape = self.nodes[number].shape
@@ -145,35 +116,12 @@ class _Translation:
     def _source(self, step: Step, at: int = 0) -> Value:
         return self.values[step.sources[at]]
 
-    def _lying(self, value: Value, order: tuple[int, ...]) -> Value:
-        """The value with its axes in `order`, copied if it lies otherwise."""
-        if value.order == order:
-            return value
-        numbers = np.arange(value.n).reshape(value.lies)
-        logical = numbers.transpose(np.argsort(value.order))
-        return self._moved("layout", value, logical.transpose(order), value.sizes, order)
-
-    def _moved(
-        self, name: str, source: Value, positions: Map, sizes: Sequence[int], order: Sequence[int]
-    ) -> Value:
-        """A value whose elements, as they lie, are those of `source` at `positions`."""
-        flat = np.ascontiguousarray(positions).reshape(-1)
-        if is_identity(flat, source.n):
-            return Value(source.buffer, tuple(sizes), tuple(order), source.codes)
-        if source.buffer in self.origins:  # one copy instead of two in a row
-            source, before = self.origins[source.buffer]
-            flat = np.where(flat == HOLE, HOLE, before[flat])
-        target = self._new(sizes, tuple(order), source.codes)
-        self.origins[target.buffer] = source, flat
-        self.operations.append(Copy(name, source, target, *loops(flat)))
-        return target
-
     def _output(self, number: int) -> Value:
         if number not in self.values:
             name = self.nodes[number].name
             raise refusal(f"output {name}", "it is not quantized", "quantize activations to 8 bits")
         value = self.values[number]
-        return self._lying(value, tuple(range(len(value.sizes))))
+        return self.buffers.lying(value, tuple(range(len(value.sizes))))
 
     # steps
 
@@ -183,18 +131,18 @@ class _Translation:
                 f"input {step.name}", "it is not quantized", "search with --activation-bits 8"
             )
         sizes = self._sizes(step.out)
-        self.values[step.out] = self._new(sizes, self._order(len(sizes)), step.codes)
+        self.values[step.out] = self.buffers.new(sizes, self.buffers.order(len(sizes)), step.codes)
 
     def _convolution(self, step: Convolution) -> None:
         rank = len(step.stride)
         last = (*range(1, rank + 1), 0)
-        source = self._lying(self._source(step), last)
+        source = self.buffers.lying(self._source(step), last)
         sizes = (len(step.weights), *self._sizes(step.out)[1:])
-        target = self._new(sizes, last, self._codes(step.out))
+        target = self.buffers.new(sizes, last, self._codes(step.out))
         kernel = step.weights.shape[2:]
         taps = step.weights.reshape(len(step.weights), step.weights.shape[1], -1)
         rows = taps.transpose(0, 2, 1).reshape(len(step.weights), -1)
-        self.operations.append(
+        self.buffers.operations.append(
             Conv(
                 name=step.name,
                 source=source,
@@ -219,12 +167,12 @@ class _Translation:
     def _matmul(self, step: MatMul) -> None:
         source = self._source(step)
         natural = tuple(range(len(source.sizes)))
-        source = self._lying(source, natural)
+        source = self.buffers.lying(source, natural)
         sizes = (*source.sizes[:-1], len(step.weights))
-        target = self._new(sizes, natural, self._codes(step.out))
+        target = self.buffers.new(sizes, natural, self._codes(step.out))
         n_rows = source.n // source.sizes[-1]
         ones = (1, 1, 1)
-        self.operations.append(
+        self.buffers.operations.append(
             Conv(
                 name=step.name,
                 source=source,
@@ -249,7 +197,7 @@ class _Translation:
     def _spread(self, values: Sequence[Value], sizes: tuple[int, ...]) -> list[Value]:
         """The values with the shape `sizes`, all lying as the first of that shape does."""
         orders = [v.order for v in values if v.sizes == sizes]
-        order = orders[0] if orders else self._order(len(sizes))
+        order = orders[0] if orders else self.buffers.order(len(sizes))
         out = []
         for value in values:
             numbers = np.arange(value.n).reshape(value.lies).transpose(np.argsort(value.order))
@@ -257,23 +205,23 @@ class _Translation:
             if value.sizes == sizes and value.order == order:
                 out.append(value)
             else:
-                out.append(self._moved("spread", value, wide.transpose(order), sizes, order))
+                out.append(self.buffers.moved("spread", value, wide.transpose(order), sizes, order))
         return out
 
     def _combine(self, step: Combine) -> None:
         sizes = self._sizes(step.out)
         sources = self._spread([self.values[s] for s in step.sources], sizes)
         order = sources[0].order
-        target = self._new(sizes, order, self._codes(step.out))
+        target = self.buffers.new(sizes, order, self._codes(step.out))
         inner = _inner(step.name, step.rescale, target)
-        self.operations.append(Sum(step.name, tuple(sources), target, step.rescale, inner))
+        self.buffers.operations.append(Sum(step.name, tuple(sources), target, step.rescale, inner))
         self.values[step.out] = target
 
     def _multiply(self, step: Multiply) -> None:
         sizes = self._sizes(step.out)
         left, right = self._spread([self.values[s] for s in step.sources], sizes)
-        target = self._new(sizes, left.order, self._codes(step.out))
-        self.operations.append(Product(step.name, (left, right), target, step.rescale))
+        target = self.buffers.new(sizes, left.order, self._codes(step.out))
+        self.buffers.operations.append(Product(step.name, (left, right), target, step.rescale))
         self.values[step.out] = target
 
     def _average(self, step: Average) -> None:
@@ -296,12 +244,12 @@ class _Translation:
     ) -> Value:
         if len(source.sizes) > 4:
             raise refusal(step.name, "it pools a value of more than five axes", "reshape it before")
-        target = self._new(counts, source.order, self._codes(step.out))
+        target = self.buffers.new(counts, source.order, self._codes(step.out))
         front = 4 - len(source.sizes)
         rescale = getattr(step, "rescale", None)
         if rescale is not None:
             rescale = _by_position(step.name, rescale, target)
-        self.operations.append(
+        self.buffers.operations.append(
             Pool(
                 name=step.name,
                 kind=kind,
@@ -319,16 +267,16 @@ class _Translation:
     def _concatenate(self, step: Concatenate) -> None:
         sizes = self._sizes(step.out)
         order = self._source(step).order
-        target = self._new(sizes, order, self._codes(step.out))
+        target = self.buffers.new(sizes, order, self._codes(step.out))
         axis = order.index(step.axis - 1)
         inner = int(np.prod(target.lies[axis + 1 :], dtype=np.int64))
         outer = int(np.prod(target.lies[:axis], dtype=np.int64))
         offset = 0
         for number, rescale in zip(step.sources, step.rescales, strict=True):
-            source = self._lying(self.values[number], order)
+            source = self.buffers.lying(self.values[number], order)
             n = source.sizes[step.axis - 1] * inner
             pitch = target.lies[axis] * inner
-            self.operations.append(
+            self.buffers.operations.append(
                 Part(step.name, source, target, rescale, outer, n, pitch, offset)
             )
             offset += n
@@ -345,7 +293,7 @@ class _Translation:
             return
         if any(s not in self.values and s not in self.static for s in step.sources):
             raise refusal(step.name, "it moves by numbers known only at run time", "use --to onnx")
-        if self.nodes[step.out].op in _SEVERAL:
+        if self.nodes[step.out].op in SPLITTING:
             self.static[step.out] = lambda item, position: self._moving(step, item, position)
             return
         self.values[step.out] = self._moving(step, step, None)
@@ -380,14 +328,14 @@ class _Translation:
         logical = moved[0].numpy().astype(np.int64) - 1
         assert HOLE == -1
         same_rank = logical.ndim == len(source.sizes)
-        order = source.order if same_rank else self._order(logical.ndim)
-        if logical.ndim in self.spatial_ranks:
-            order = self._order(logical.ndim)
-        return self._moved(item.name, source, logical.transpose(order), logical.shape, order)
+        order = source.order if same_rank else self.buffers.order(logical.ndim)
+        if logical.ndim in self.buffers.spatial_ranks:
+            order = self.buffers.order(logical.ndim)
+        return self.buffers.moved(item.name, source, logical.transpose(order), logical.shape, order)
 
     def _relu(self, step: Move, source: Value) -> Value:
-        target = self._new(source.sizes, source.order, source.codes)
-        self.operations.append(Relu(step.name, source, target))
+        target = self.buffers.new(source.sizes, source.order, source.codes)
+        self.buffers.operations.append(Relu(step.name, source, target))
         return target
 
     def _call(self, step: Call) -> None:
@@ -397,38 +345,16 @@ class _Translation:
                 f"{step.op} would run in float: {step.reason}",
                 "replace the operator, or export with --to onnx",
             )
-        if step.op == "sym_size.int":
-            source, axis = step.args
-            assert isinstance(source, Ref)
-            assert isinstance(axis, int)
-            self.static[step.out] = int(self.nodes[source.index].shape[axis])
-            return
-        if all(s in self.static for s in step.sources):
-            self.static[step.out] = implementation(step.op)(*self._plain(step.args, step))
+        if step.op == "sym_size.int" or all(source in self.static for source in step.sources):
+            self.static[step.out] = plain_call(step, self.static, self.graph)
 
-    def _plain(self, args: Sequence[StepArg], step: Step) -> list[Any]:
-        return [self._plain_arg(arg, step) for arg in args]
-
-    def _plain_arg(self, arg: StepArg, step: Step) -> Any:
-        if isinstance(arg, tuple):
-            return [self._plain_arg(item, step) for item in arg]
-        if isinstance(arg, Constant):
-            return torch.from_numpy(arg.array)
-        if not isinstance(arg, Ref):
-            return arg
-        if arg.index in self.static:
-            return self.static[arg.index]
-        if getattr(step, "op", "") in _AS_SHAPES:
-            return torch.zeros(self.nodes[arg.index].shape)
-        names = ", ".join(self.nodes[r.index].name for r in refs_in_args(arg))
-        raise refusal(step.name, f"it reads {names} as numbers", "use --to onnx")
-
-
-_SEVERAL = frozenset({
-    "split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int", "max.dim",
-    "min.dim", "topk.default", "max_pool2d_with_indices.default", "adaptive_max_pool2d.default",
-    "max_pool3d_with_indices.default", "adaptive_max_pool1d.default",
-})  # fmt: skip
+    def _plain(self, args: tuple[StepArg, ...], step: Move | Call) -> list[Any]:
+        found = plain_args(step.op, args, self.static, self.graph)
+        if found is None:
+            computed = [r.index for r in refs_in_args(args) if r.index not in self.static]
+            names = ", ".join(self.nodes[index].name for index in computed)
+            raise refusal(step.name, f"it reads {names} as numbers", "use --to onnx")
+        return found
 
 
 def _three(sizes: Sequence[int], fill: int) -> Sizes:

@@ -29,13 +29,11 @@ from search.exporters.hls.fixed import holding
 from search.exporters.hls.images import convolution, maxima, pointwise, pooling, window_sums
 from search.exporters.hls.network import Block, Inexpressible, Network, Value, Wiring
 from search.exporters.hls.rescaling import Stage
-from search.exporters.plain_calls import SORTING, plain, plain_call
+from search.exporters.plain_calls import SORTING, plain_args, plain_call
 from search.exporters.pools import Extreme, windows_of_maximum
 from search.exporters.ports import Port
 from search.exporters.unrolled import RELU
 from search.exporters.wires import POOL, is_plain_pool, pair
-
-AS_SHAPED = ("expand_as.", "view_as.")  # they ask a value for its shape alone
 
 
 def translate(program: IntegerProgram, graph: Graph) -> Network:
@@ -214,14 +212,16 @@ class _Walk:
 
     def _plain(self, step: Move) -> list[Any]:
         """Its arguments after the first; of a value whose shape alone is asked for, zeros."""
-        known: dict[int, Any] = dict(self._values)
-        for number in step.sources[1:]:
-            if known[number] is None or isinstance(known[number], Value):
-                if not step.op.startswith(AS_SHAPED):
-                    reason = f"moves by numbers that are computed ({step.op})"
-                    raise Inexpressible(step.name, reason, "export it to ONNX")
-                known[number] = torch.zeros(self._graph.nodes[number].shape)
-        return [plain(a, known) for a in step.args[1:]]
+        known = {
+            number: value
+            for number, value in self._values.items()
+            if value is not None and not isinstance(value, Value)
+        }
+        found = plain_args(step.op, step.args[1:], known, self._graph)
+        if found is None:
+            reason = f"moves by numbers that are computed ({step.op})"
+            raise Inexpressible(step.name, reason, "export it to ONNX")
+        return found
 
     def _shape(self, step: Step) -> tuple[int, ...]:
         """Of one sample of its result."""
