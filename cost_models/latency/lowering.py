@@ -1,29 +1,22 @@
 """From a graph and a candidate to the calls that a device would make."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 
+from cost_models.latency.lowering_state import CallValue, KernelFor, LoweringState
 from cost_models.latency.work import DEPTHWISE, Call, Work
 from quant_ops.bit_widths import FLOAT_BITS
 from quant_ops.candidate import Candidate, LayerQuant
-from quant_ops.channels import analyse
 from quant_ops.dual import without_unused
-from quant_ops.edges import activation_edges, edge_of, fused_clamp
+from quant_ops.edges import edge_of, fused_clamp
 from quant_ops.errors import UsageError
 from quant_ops.graph import Graph, Node, Ref, refs_in
-from quant_ops.index_maps import varying_axes
 from quant_ops.operator_kinds import POINTWISE, SUMS, ZERO_KEEPING, pad_pairs
 from quant_ops.operators import CONV, LINEAR
-from quant_ops.per_graph import per_graph
 from quant_ops.removal import Removal, plan_removal, remove_channels
-from quant_ops.slots import Ids
 from quant_ops.windows import geometry_of, ints
-
-KernelFor = Callable[[str, int, int], str]
 
 BLOCK = 16  # channels that kernels with a layout of their own take at once
 _VIEWS = frozenset({
@@ -36,90 +29,6 @@ _COPIES = frozenset({
 })  # fmt: skip
 _ADDS = ZERO_KEEPING | POINTWISE | SUMS | {"mul.Tensor", "div.Tensor", "bitfront.channel_affine"}
 _MAX_POOLS = frozenset({"max_pool2d.default", "max_pool2d_with_indices.default"})
-
-
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """What is known of a node's value: its name, the width of its codes, its layout."""
-
-    name: str
-    bits: int
-    is_blocked: bool = False
-
-
-@dataclass
-class _State:
-    graph: Graph
-    candidate: Candidate
-    removal: Removal
-    kernel_for: KernelFor
-    values: dict[int, _Value] = field(default_factory=dict)
-    copies: dict[tuple[str, str], str] = field(default_factory=dict)
-    calls: list[Call] = field(default_factory=list)
-    fused: dict[int, int] = field(default_factory=dict)  # a node computed by an earlier call
-
-    def __post_init__(self) -> None:
-        self.assignment = self.candidate.assignment
-        self.activation_bits = self.candidate.activation_bits
-        self.quantized_at = {
-            edge.node: self.activation_bits[edge.name]
-            for edge in activation_edges(self.graph)
-            if edge.name in self.activation_bits
-        }
-
-    def source(self, index: int, position: int = 0) -> int:
-        arg = self.graph.nodes[index].args[position]
-        assert isinstance(arg, Ref)
-        return arg.index
-
-    def channels(self, index: int) -> int:
-        """Entries along the channel axis of a value that remain."""
-        shape = self.graph.nodes[index].shape
-        full = shape[1] if len(shape) > 1 else 1
-        sets = _channel_sets(self.graph)[index]
-        if not self.removal or sets is None:
-            return full
-        return int((~self.removal.removed[sets]).sum())
-
-    def elements(self, index: int) -> int:
-        shape, sets = self.graph.nodes[index].shape, _channel_sets(self.graph)[index]
-        total = math.prod(shape)
-        if not self.removal or sets is None:
-            return total
-        return total // sets.size * int((~self.removal.removed[sets]).sum())
-
-    def add(self, work: Work, inputs: tuple[str, ...], output: str, index: int, bits: int) -> Call:
-        """Append a call that is not of a layer; `bits` is the width of its input."""
-        call = Call(work, self.kernel_for(work.operator, 0, bits), inputs, output, index)
-        self.calls.append(call)
-        return call
-
-    def converted(self, index: int, *, bits: int, blocked: bool | None) -> _Value:
-        """A value as codes of a width or as floats, and in a layout; None: as it is."""
-        value = self.values[index]
-        if (value.bits < FLOAT_BITS) != (bits < FLOAT_BITS):
-            kind = "dequantize" if value.bits < FLOAT_BITS else "quantize"
-            value = self._once(index, kind, value, replace(value, bits=bits))
-        if blocked is not None and value.is_blocked != blocked:
-            value = self._once(index, "layout", value, replace(value, is_blocked=blocked))
-        return value
-
-    def _once(self, index: int, kind: str, old: _Value, new: _Value) -> _Value:
-        """Emit a conversion, unless an earlier reader of the value already needed it."""
-        key = (old.name, kind)
-        if kind == "layout":
-            key = (f"{old.name} {old.bits}", kind)
-            if key not in self.copies:
-                work = Work("layout", (self.elements(index),))
-                call = self.add(work, (old.name,), old.name, index, old.bits)
-                self.calls[-1] = replace(call, is_implicit=True)
-                self.copies[key] = old.name
-            return new
-        if key not in self.copies:
-            self.copies[key] = f"{old.name}.{kind}d"
-            work = Work(kind, (self.elements(index),))
-            self.add(work, (old.name,), self.copies[key], index, min(old.bits, new.bits))
-        return replace(new, name=self.copies[key])
 
 
 def calls_of(
@@ -140,14 +49,14 @@ def calls_of(
     Raises:
         UsageError: an operator that no table knows.
     """
-    state = _State(graph, candidate, removal, kernel_for)
+    state = LoweringState(graph, candidate, removal, kernel_for)
     for index, node in enumerate(graph.nodes):
         if not node.dtype:
             continue
         if index in state.fused:
             state.values[index] = state.values[state.fused[index]]
         elif node.op == "input":
-            state.values[index] = _Value(f"v{index}", FLOAT_BITS)
+            state.values[index] = CallValue(f"v{index}", FLOAT_BITS)
             _quantize_result(state, index, index)
         else:
             _lower(state, index, node)
@@ -163,7 +72,7 @@ def output_names(graph: Graph, calls: list[Call]) -> list[str]:
     return [last[ref.index] for ref in graph.outputs]
 
 
-def _lower(state: _State, index: int, node: Node) -> None:
+def _lower(state: LoweringState, index: int, node: Node) -> None:
     if node.op in CONV and len(node.shape) == 4:
         _lower_conv(state, index)
     elif node.op in LINEAR:
@@ -185,7 +94,7 @@ def _lower(state: _State, index: int, node: Node) -> None:
         )
 
 
-def _lower_conv(state: _State, index: int) -> None:
+def _lower_conv(state: LoweringState, index: int) -> None:
     graph, node = state.graph, state.graph.nodes[index]
     layer, source = graph.layer_at[index], state.source(index)
     kernel_size = layer.weight_shape[2:]
@@ -224,7 +133,7 @@ def _lower_conv(state: _State, index: int) -> None:
     )
     state.calls.append(call)
     coded = in_bits < FLOAT_BITS and bits == FLOAT_BITS  # codes that nobody reads as such
-    state.values[index] = _Value(call.output, 8 if coded else bits, is_blocked=True)
+    state.values[index] = CallValue(call.output, 8 if coded else bits, is_blocked=True)
     if coded:
         state.values[index] = state.converted(index, bits=FLOAT_BITS, blocked=None)
     _quantize_result(state, index, last)
@@ -235,7 +144,7 @@ def n_in_full(graph: Graph, source: int) -> int:
     return graph.nodes[source].shape[1]
 
 
-def _fusible_addend(state: _State, index: int, in_bits: int) -> int | None:
+def _fusible_addend(state: LoweringState, index: int, in_bits: int) -> int | None:
     """The value that is added to a convolution's by the same call, if there is one."""
     graph = state.graph
     users = graph.consumers[index]
@@ -257,7 +166,7 @@ def _fusible_addend(state: _State, index: int, in_bits: int) -> int | None:
     return other if alike else None
 
 
-def _lower_linear(state: _State, index: int) -> None:
+def _lower_linear(state: LoweringState, index: int) -> None:
     graph, node = state.graph, state.graph.nodes[index]
     layer, source = graph.layer_at[index], state.source(index)
     weight_bits, quant = _weight_bits(state.assignment.get(layer.name))
@@ -283,11 +192,11 @@ def _lower_linear(state: _State, index: int) -> None:
             layer=layer.name,
         )
     )
-    state.values[index] = _Value(f"v{index}", bits)
+    state.values[index] = CallValue(f"v{index}", bits)
     _quantize_result(state, index, last)
 
 
-def _lower_view(state: _State, index: int) -> None:
+def _lower_view(state: LoweringState, index: int) -> None:
     source = state.source(index)
     keeps_layout = state.graph.nodes[source].shape == state.graph.nodes[index].shape
     value = state.values[source]
@@ -296,7 +205,7 @@ def _lower_view(state: _State, index: int) -> None:
     state.values[index] = replace(value, name=f"v{index}")
 
 
-def _lower_data(state: _State, index: int, work: Work) -> None:
+def _lower_data(state: LoweringState, index: int, work: Work) -> None:
     """A call without weights: on codes where all that it reads and writes are, else on floats."""
     graph = state.graph
     sources = [ref.index for arg in graph.nodes[index].args for ref in refs_in(arg)]
@@ -315,11 +224,11 @@ def _lower_data(state: _State, index: int, work: Work) -> None:
     inputs = [state.converted(s, bits=bits, blocked=blocked).name for s in sources]
     state.add(work, tuple(inputs), f"v{index}", last, bits)
     state.calls[-1] = replace(state.calls[-1], relu=clamp is not None)
-    state.values[index] = _Value(f"v{index}", bits, blocked)
+    state.values[index] = CallValue(f"v{index}", bits, blocked)
     _quantize_result(state, index, last)
 
 
-def _run_of(state: _State, index: int) -> int:
+def _run_of(state: LoweringState, index: int) -> int:
     """Elements that a copy moves at once, from the axis that it cuts or joins along."""
     node = state.graph.nodes[index]
     shape = list(node.shape)
@@ -350,7 +259,7 @@ def _is_sum(graph: Graph, index: int) -> bool:
     return graph.nodes[index].op == "add.Tensor"
 
 
-def _quantize_result(state: _State, index: int, last: int) -> None:
+def _quantize_result(state: LoweringState, index: int, last: int) -> None:
     """Make a value codes where the candidate quantizes it and its call gave floats."""
     bits = state.quantized_at.get(last)
     value = state.values[index]
@@ -377,7 +286,7 @@ def _is_whole_slice(graph: Graph, index: int) -> bool:
     return isinstance(source, Ref) and graph.nodes[source.index].shape == node.shape
 
 
-def _pool_of(state: _State, index: int) -> Work | None:
+def _pool_of(state: LoweringState, index: int) -> Work | None:
     graph, node = state.graph, state.graph.nodes[index]
     if not node.args or not isinstance(node.args[0], Ref):
         return None
@@ -398,22 +307,6 @@ def _pool_of(state: _State, index: int) -> Work | None:
     if isinstance(axes, tuple) and {int(a) % 4 for a in axes} == {2, 3}:  # type: ignore[arg-type]
         is_global = True
     return Work("mean", dims) if is_global else None
-
-
-@per_graph
-def _channel_sets(graph: Graph) -> tuple[Ids | None, ...]:
-    """For each node the sets of tied channels along its value's channel axis, if it has one."""
-    return tuple(_sets(graph))
-
-
-def _sets(graph: Graph) -> Iterator[Ids | None]:
-    analysis = analyse(graph)
-    for value in analysis.maps.values:
-        ids = value[0] if isinstance(value, tuple) else value
-        if not isinstance(ids, np.ndarray) or len(varying_axes(ids)) != 1:
-            yield None
-        else:
-            yield analysis.component[ids.reshape(-1)]
 
 
 def smaller_network(graph: Graph, candidate: Candidate) -> tuple[Graph, Candidate]:
